@@ -1,0 +1,59 @@
+"""The command line: presets, checks, exit codes. Bad input ends in one sentence before anything exists."""
+
+import dataclasses
+import math
+import sys
+
+import torch
+import tyro
+
+from common import BadInput, Fault
+
+INF = math.inf
+LIMITS = {  # what a number must lie between, ends included; any other: finite and not negative
+    "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1),
+    **dict.fromkeys(("eval_every", "eval_episodes", "buffer_size", "batch_size", "actor_hidden",
+                     "critic_hidden", "num_critics", "policy_delay", "ensemble_size", "model_hidden",
+                     "model_layers", "model_train_every", "reward_hidden", "reward_layers"), (1, INF)),
+}  # fmt: skip
+
+
+def parse_args(Args, presets, argv=None):
+    """Command line -> Args. The preset is read first and sets the defaults, so a flag that is given wins."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = [f for f in dataclasses.fields(Args) if f.name in ("env_id", "preset")]
+    First = dataclasses.make_dataclass("First", [(f.name, f.type, f.default) for f in fields])
+    no_help = [word for word in argv if word not in ("-h", "--help")]
+    first, _ = tyro.cli(First, args=no_help, return_unknown_args=True)
+    chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
+    return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, preset=first.preset, **chosen))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def prepare(args):
+    """Refuses values that make no sense (BadInput), sets PyTorch's threads and seed; returns the device."""
+    for name, value in dataclasses.asdict(args).items():
+        low, high = LIMITS.get(name, (0, INF))
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            most = f" and at most {high}" if math.isfinite(high) else ""
+            raise BadInput(f"{flag(name)} {value}: give a finite number, at least {low}{most}.")
+    if args.batch_size % getattr(args, "ensemble_size", 1):
+        raise BadInput(f"--batch-size {args.batch_size} must be a multiple of --ensemble-size "
+                       f"{args.ensemble_size}: the members share it equally, change one of the two.")  # fmt: skip
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def main(train, Args, presets):
+    """A script's command line. Exit code 0: done, 2: bad input, 1: a fault during the run."""
+    try:
+        train(parse_args(Args, presets))
+    except (BadInput, Fault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

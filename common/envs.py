@@ -1,0 +1,250 @@
+"""Environments whose reward and termination are exact functions of (obs, action, next_obs).
+
+`make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `Resumable` lets a training
+run stop and go on in mid-episode. The rest are environments that Gymnasium does not give us: Pusher-v4 on
+today's MuJoCo, a cart-pole with a continuous force, and four tasks of Wang et al. 2019.
+"""
+
+import os
+import sys
+from functools import partial
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.envs.mujoco.ant_v4 import AntEnv
+from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
+from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
+from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
+from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
+from gymnasium.spaces import Box
+from gymnasium.utils import seeding
+from gymnasium.wrappers import DtypeObservation, RescaleAction, TransformAction
+
+from common import BadInput
+
+MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
+RUNNERS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")  # v4 and v5
+
+
+# --- make_env ---
+def make_env(env_id, seed=None, render_mode=None):
+    """Make an environment with observations (ds,) float32 and actions (da,) float32 in [-1, 1].
+
+    Actions beyond [-1, 1] are clipped; each dimension is rescaled to the environment's own bounds. MuJoCo
+    runners have info["x_velocity"], in m/s, put before their observation, 0 at reset: it is what they are
+    paid for, and nothing else in the observation gives it exactly. With `seed`, the first bare `reset()` is
+    what `reset(seed=seed)` would be. Raises BadInput for an id or a space that cannot be used.
+    """
+    if render_mode and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo draws nothing unless told how
+    warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
+    try:
+        env = _make(env_id, render_mode)
+        _check_spaces(env_id, env)
+        if env.spec.id.removesuffix("-v4").removesuffix("-v5") in RUNNERS:
+            env = PrependXVelocity(env)
+        env = DtypeObservation(env, np.float32)
+        # Clipped after the rescaling, which takes actions beyond [-1, 1] past the bounds, and may round past.
+        own = env.action_space
+        env = TransformAction(env, partial(_clip, space=own), Box(own.low, own.high, dtype=np.float32))
+        env = RescaleAction(env, np.float32(-1), np.float32(1))
+    finally:
+        gym.logger.min_level = warn_level
+    if seed is not None:
+        env.unwrapped.np_random = seeding.np_random(seed)[0]
+        env.action_space.seed(seed)
+    return env
+
+
+def _make(env_id, render_mode):
+    try:
+        return gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # whatever goes wrong while it is built, the user can only choose another
+        reason = " ".join(str(error).split()).rstrip(".")
+        missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
+        fix = "install what it needs" if missing else "give an id that Gymnasium knows, such as Hopper-v4"
+        raise BadInput(f"--env-id {env_id!r} cannot be made ({reason}): {fix}.") from error
+
+
+def _check_spaces(env_id, env):
+    """Raise BadInput unless observations are a flat float Box and actions one with finite bounds."""
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, Box):
+        kind = type(obs).__name__
+        fault = f"has {kind} observations, not a flat Box: wrap it in gymnasium.wrappers.FlattenObservation"
+    elif len(obs.shape) != 1 or obs.shape[0] == 0:
+        fault = f"has observations of shape {obs.shape}, not (n,): choose one with a flat state, not images"
+    elif not np.issubdtype(obs.dtype, np.floating):
+        fault = f"has {obs.dtype} observations: choose one that observes floats"
+    elif not isinstance(action, Box) or not np.issubdtype(action.dtype, np.floating):
+        fault = f"has the action space {action}: choose one with continuous actions, a Box of floats"
+    elif len(action.shape) != 1 or action.shape[0] == 0:
+        fault = f"has actions of shape {action.shape}, not (n,): choose one with flat actions"
+    elif not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
+        fault = f"has the action space {action}: give it finite action bounds, low < high"
+    else:
+        return
+    env.close()
+    raise BadInput(f"--env-id {env_id!r} {fault}.")
+
+
+def _clip(action, space):
+    return np.clip(action, space.low, space.high).astype(space.dtype)
+
+
+class PrependXVelocity(gym.Wrapper):
+    """Observation (ds,) becomes (1 + ds,): first the mean x velocity over the last step, m/s, 0 at reset."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        space = env.observation_space
+        low, high = np.append(-np.inf, space.low), np.append(np.inf, space.high)
+        self.observation_space = Box(low, high, dtype=space.dtype)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return np.append(0.0, obs), info
+
+    def step(self, action):
+        obs, *rest, info = self.env.step(action)
+        return np.append(info["x_velocity"], obs), *rest, info
+
+
+class Resumable(gym.Wrapper):
+    """Wraps the training environment so that a stopped run goes on bit for bit, in mid-episode too.
+
+    Its state is the random generator as it was just before the last reset, and the actions since: replaying
+    them is exact wherever `np_random` is the only randomness. Setting positions and velocities is not, as
+    MuJoCo's solver starts from its last solution. `obs` is the current observation (None before a reset).
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.obs, self._rng, self._reset_args, self._actions = None, None, None, []  # None before a reset
+
+    def reset(self, **kwargs):
+        self._rng = self.unwrapped.np_random.bit_generator.state
+        self._reset_args, self._actions = kwargs, []
+        self.obs, info = self.env.reset(**kwargs)
+        return self.obs, info
+
+    def step(self, action):
+        self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
+        self.obs, *rest = self.env.step(self._actions[-1])
+        return self.obs, *rest
+
+    def state_dict(self):
+        """Plain data (dict, list, str, int, float), so that torch.load(weights_only=True) reads it."""
+        rng = self._rng or self.unwrapped.np_random.bit_generator.state
+        return {"rng": rng, "reset_args": self._reset_args, "actions": [a.tolist() for a in self._actions]}
+
+    def load_state_dict(self, state):
+        """Restore the generator, reset and replay: the environment then goes on as the saved one did."""
+        self.obs, self._rng, self._reset_args, self._actions = None, None, None, []
+        self.unwrapped.np_random.bit_generator.state = state["rng"]
+        if state["reset_args"] is not None:
+            self.reset(**state["reset_args"])
+        for action in state["actions"]:
+            self.step(action)
+
+
+# --- environments of our own ---
+class PusherV4(PusherEnv):
+    """Pusher-v4 as MuJoCo 2.3.7 simulated it, on MuJoCo 3 and later, where Gymnasium refuses to make it.
+
+    The object weighs 1e-8 kg; its inertia is the armature (0.04) of its two slide joints. `body_invweight0`
+    sets how hard a contact pushes, and since 3.0 MuJoCo leaves armature out of it for bodies that only slide:
+    76 million here in place of 17, contacts so soft that the arm sinks through the object. (Pusher-v5's
+    heavier object leaves it 7,600 times too soft.) Three later changes also reach this model: a new routine
+    for convex collisions (3.3), several contacts per collision (3.8), and the margins of two geoms adding up
+    where the larger one used to count (3.5). All four are undone once the model is loaded.
+
+    As in v4, the reward is that of the state before the physics step, and info["reward_ctrl"] is unweighted.
+    """
+
+    def __init__(self, xml_file="pusher.xml", *args, **kwargs):  # positional, as unpickling passes it back
+        super().__init__(xml_file, *args, **kwargs)
+
+    def _initialize_simulation(self):
+        model, data = super()._initialize_simulation()
+        for body in (model.body("object"), model.body("goal")):
+            slides = slice(body.dofadr[0], body.dofadr[0] + 2)
+            weight = 1 / (model.dof_armature[slides] + body.mass)
+            body.invweight0[:] = (2 / 3 * weight[0], 0)  # mean over three axes, one of them fixed
+            model.dof_invweight0[slides] = weight
+        for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # each is absent before its change
+            model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
+        if MUJOCO_VERSION >= (3, 5):
+            model.geom_margin[:] /= 2  # all geoms of this model have the same one
+        return model, data
+
+    def step(self, action):
+        reward, parts = self._get_rew(action)
+        obs, *_ = super().step(action)
+        parts = {"reward_dist": parts["reward_dist"], "reward_ctrl": -np.square(action).sum()}
+        return obs, reward, False, False, parts
+
+
+class ContinuousCartPole(CartPoleEnv):
+    """Gymnasium's cart-pole (its constants, Euler steps and limits) with a force of 10 N times the action.
+
+    Observation: x in m, its velocity, the pole's angle in rad, its velocity. The reward is 1 at every step.
+    """
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def step(self, action):
+        self.force_mag = 10.0 * float(action[0])  # and "to the right", which to Gymnasium's cart-pole is 1
+        obs, _, terminated, truncated, info = super().step(np.ones(1, np.float32))
+        return obs, 1.0, terminated, truncated, info
+
+
+class Wang2019:
+    """A task of Wang et al. 2019, "Benchmarking Model-Based Reinforcement Learning", used for MAAC.
+
+    Gymnasium's v4 robots (model file, frame skip, start) with the observation [qpos, qvel], without the
+    position along the track and unclipped, 1000 steps and no early end. The reward is that of the observation
+    o before the step: o[velocity] - 0.1 |a|^2, and for all but HalfCheetah + 1 - 3 (o[0] - target_z)^2.
+    """
+
+    def _get_obs(self):
+        return np.concatenate([self.data.qpos[self.first :], self.data.qvel])
+
+    def step(self, action):
+        obs = self._get_obs()
+        reward = obs[self.velocity] - 0.1 * np.square(action).sum()
+        if self.target_z is not None:
+            reward += 1 - 3 * (obs[0] - self.target_z) ** 2
+        self.do_simulation(action, self.frame_skip)
+        if self.render_mode == "human":
+            self.render()
+        return self._get_obs(), float(reward), False, False, {}
+
+
+class WangHalfCheetah(Wang2019, HalfCheetahEnv):
+    first, velocity, target_z = 1, 8, None  # first position observed, index of x velocity, m
+
+
+class WangAnt(Wang2019, AntEnv):
+    first, velocity, target_z = 2, 13, 0.57
+
+
+class WangHopper(Wang2019, HopperEnv):
+    first, velocity, target_z = 1, 5, 1.3
+
+
+class WangWalker2d(Wang2019, Walker2dEnv):
+    first, velocity, target_z = 1, 8, 1.3
+
+
+# Entry points are strings, which worker processes can import.
+gym.register("ContinuousCartPole-v1", "common.envs:ContinuousCartPole", max_episode_steps=500)
+for _robot in ("HalfCheetah", "Ant", "Hopper", "Walker2d"):
+    gym.register(f"mbbl/{_robot}-v0", f"common.envs:Wang{_robot}", max_episode_steps=1000)
+if MUJOCO_VERSION >= (3, 0):
+    gym.registry.pop("Pusher-v4", None)  # registering over it would warn
+    gym.register("Pusher-v4", "common.envs:PusherV4", max_episode_steps=100)

@@ -1,0 +1,306 @@
+"""HEADER
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.wrappers import RecordEpisodeStatistics
+from torch import nn
+
+from common import BadInput
+from common.args import main, prepare
+from common.envs import Resumable, make_env
+from common.evaluate import as_policy
+from common.run import Run, load_run
+
+
+@dataclass
+class Args:
+    # --- run ---
+    env_id: str = "HalfCheetah-v4"  # the README lists the environments
+    seed: int = 0
+    total_timesteps: int = 100_000  # environment steps, warm-up included
+    preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1  # CPU threads; small networks are fastest on one
+    exp_name: str | None = None  # second level of the run folder (default: the script's name)
+    run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
+    resume: bool = False  # go on in the run folder
+    checkpoint_every: float = 600.0  # seconds
+    eval_every: int = 1000  # environment steps
+    eval_episodes: int = 10
+    # --- data ---
+    learning_starts: int = 1000  # steps of uniform random actions before actor and critic learn
+    buffer_size: int = 1_000_000
+    exploration_noise: float = 0.1  # standard deviation, added to the actor's action in [-1, 1]
+    # --- actor and critic ---
+    updates_per_step: int = 1  # 10 is the paper's sample-efficient TD3
+    batch_size: int = 1024
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target networks; the paper's "decay 0.995" is 1 - tau
+    lr: float = 1e-4
+    actor_hidden: int = 384  # width of its two hidden layers
+    critic_hidden: int = 384  # width of its two hidden layers
+    num_critics: int = 2
+    policy_delay: int = 2  # critic updates for each update of the actor
+    target_noise: float = 0.2  # standard deviation of the noise on the target action
+    noise_clip: float = 0.5
+
+
+SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128)
+LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
+LAPTOP_SMALL = SMALL | dict(total_timesteps=3000, eval_every=250, batch_size=256, lr=1e-3, actor_hidden=64,
+                            critic_hidden=128)  # fmt: skip
+PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
+    "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
+}
+GRADIENT_CLIP = 5.0  # by value, for every network (authors' code)
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+class Normaliser(nn.Module):
+    """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def update(self, x):  # Welford, float64: a million small squares are lost in float32
+        count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
+        count += 1
+        deviation = x - mean
+        mean += deviation / count
+        squares += deviation * (x - mean)
+        self.mean.copy_(mean)
+        self.std.copy_((squares / count).sqrt())
+
+    def forward(self, x):  # (..., d) -> (..., d); what never varied is only shifted
+        return (x - self.mean) / torch.where(self.std < 1e-6, 1.0, self.std)
+
+    def inverse(self, x):  # what never varied gets no noise and passes no gradient
+        return x * self.std + self.mean
+
+
+class EnsembleLinear(nn.Module):
+    """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+
+    def __init__(self, members, dim_in, dim_out):
+        super().__init__()
+        weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
+        self.weight = nn.Parameter(torch.stack(weights))
+        self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(members, dim_in, hidden, layers, dim_out):
+    """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
+    widths = [dim_in] + [hidden] * layers
+    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
+    return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
+
+
+class Actor(nn.Module):
+    """Deterministic policy pi(s): (B, ds) -> (B, da) in [-1, 1]."""
+
+    def __init__(self, obs_norm, action_dim, hidden):
+        super().__init__()
+        self.obs_norm = obs_norm
+        self.net = mlp(1, len(obs_norm.mean), hidden, 2, action_dim)
+
+    def forward(self, obs):
+        return self.net(self.obs_norm(obs)[None])[0].tanh()
+
+
+class Critic(nn.Module):
+    """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
+
+    def __init__(self, obs_norm, action_dim, hidden, members):
+        super().__init__()
+        self.obs_norm, self.members = obs_norm, members
+        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
+
+    def forward(self, obs, action):
+        obs = self.obs_norm(obs).expand(*action.shape[:-1], -1)
+        return self.net(torch.cat([obs, action], -1).expand(self.members, -1, -1))[..., 0]
+
+
+# --- replay buffer ------------------------------------------------------------------------------------------
+class ReplayBuffer:
+    """The last `capacity` transitions, one row (s, a, r, s', terminated) each, on the device."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
+
+    def add(self, obs, action, reward, next_obs, terminated):  # arrays and numbers -> the row as stored
+        row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
+        stored = self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row))
+        self.added += 1
+        self.size.fill_(min(self.added, len(self.rows)))
+        return self.split(stored)
+
+    def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
+        return self.split(self.rows[torch.randint(1 << 62, shape, device=self.rows.device) % self.size])
+
+    def split(self, rows):
+        obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
+        return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
+
+    def state_dict(self):
+        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+
+    def load_state_dict(self, state):
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.added = state["added"]
+        self.size.fill_(len(state["rows"]))
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+def huber(x):
+    """Mean of the Huber loss with threshold 1."""
+    return F.huber_loss(x, torch.zeros_like(x))
+
+
+def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
+    """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
+    next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
+    next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
+    return reward + gamma * torch.where(terminated, 0.0, next_q)  # (B,)   Algorithm 2, y
+
+
+def td_loss(critic, obs, action, y):
+    """Huber loss of the TD error   Eq. 3."""
+    delta = y - critic(obs, action)  # (N, B)
+    return huber(delta)
+
+
+def actor_loss(actor, critic, obs):
+    """-min_i Q_i(s, pi(s)), mean over the batch   Algorithm 2 (the TD3 paper takes Q_1)."""
+    return -critic(obs, actor(obs)).min(0).values.mean()
+
+
+# --- optimisation -------------------------------------------------------------------------------------------
+def radam(module, lr, weight_decay=0.0):
+    """RAdam with decoupled weight decay; on a GPU its counters live there too."""
+    parameters = list(module.parameters())
+    return torch.optim.RAdam(parameters, lr, weight_decay=weight_decay, decoupled_weight_decay=True,
+                             foreach=True, capturable=parameters[0].is_cuda)
+
+
+def descend(optimizer, loss):
+    """One step of the optimiser's parameters, no others get a gradient; the gradient's norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    nn.utils.clip_grad_value_(parameters, GRADIENT_CLIP, foreach=True)
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def polyak(target, source, tau):
+    """target <- (1 - tau) target + tau source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# --- acting -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def explore(actor, obs, noise):
+    """pi(s) with independent Gaussian noise in every dimension: (ds,) -> (da,)."""
+    action = actor(obs[None])[0]
+    return (action + noise * torch.randn_like(action)).clamp(-1, 1)
+
+
+def load_policy(run_dir, plan=False):
+    """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
+    if plan:
+        raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
+    args, state = load_run(run_dir, Args)
+    env = make_env(args.env_id)
+    actor = Actor(Normaliser(env.observation_space.shape[0]), env.action_space.shape[0], args.actor_hidden)
+    actor.load_state_dict(state["actor"])
+    return as_policy(actor)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+def train(args: Args) -> float:
+    """Trains one agent in one run folder; returns the mean return of its last evaluation."""
+    device = prepare(args)
+    env = Resumable(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
+    env.reset()
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+
+    obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see
+    actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
+    critic, critic_target = (
+        Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device) for _ in range(2))
+    for target, source in ((actor_target, actor), (critic_target, critic)):
+        target.load_state_dict(source.state_dict())
+        target.requires_grad_(False)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    actor_opt, critic_opt = radam(actor, args.lr), radam(critic, args.lr)
+
+    def update(with_actor):
+        """One update of the critics on replayed transitions, and if asked of the actor."""
+        obs, action, *step = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
+        target_noise = args.target_noise * torch.randn_like(action)
+        target_noise = target_noise.clamp(-args.noise_clip, args.noise_clip)
+        with torch.no_grad():
+            y = td_target(actor_target, critic_target, *step, target_noise, args.gamma)
+        critic_loss = td_loss(critic, obs, action, y)
+        log = dict(td_loss=critic_loss, critic_grad=descend(critic_opt, critic_loss))
+        polyak(critic_target, critic, args.tau)
+        if with_actor:
+            loss = actor_loss(actor, critic, obs)
+            log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss), action_size=action.abs().mean())
+            polyak(actor_target, actor, args.tau)
+        return log
+
+    policy = as_policy(actor)
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
+                 critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)  # all that the run is
+    with Run(args, __file__, state, device) as run:
+        if run.step == 0:
+            run.evaluate(policy)
+        for step in run.steps():
+            # --- act ---
+            obs = env.obs
+            if step <= args.learning_starts:
+                action = torch.empty(action_dim, device=device).uniform_(-1, 1)
+            else:
+                action = explore(actor, torch.as_tensor(obs, device=device), args.exploration_noise)
+            action = run.fetch(action)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+
+            # --- store ---
+            obs, *_ = buffer.add(obs, action, reward, next_obs, terminated)
+            obs_norm.update(obs)
+            if terminated or truncated:
+                run.record(episode_return=info["episode"]["r"])
+                env.reset()
+
+            # --- learn critic and actor ---
+            for i in range(args.updates_per_step if step > args.learning_starts else 0):
+                count = (step - args.learning_starts - 1) * args.updates_per_step + i + 1
+                run.record(**update(with_actor=count % args.policy_delay == 0))
+
+            # --- evaluate ---
+            if step % args.eval_every == 0:
+                run.evaluate(policy)
+    return run.last_return
+
+
+if __name__ == "__main__":
+    main(train, Args, PRESETS)
