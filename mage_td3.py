@@ -1,18 +1,16 @@
 """MAGE-TD3 (D'Oro & Jaskowski 2020): a critic that is trained on the action-gradient of its TD error.
 
-The actor uses its critic through one quantity only: the action-gradient of Q. So MAGE asks the critic to get this
-right. It imagines a step with a learned, differentiable model, takes the gradient of the TD error by the action,
-through reward, model, target actor and target critics, and minimises its norm beside the error itself.
-
-Read dyna_td3.py first; only `with_action_gradient`, `mage_loss` (Eq. 5-8, 13, Algorithm 2) and `--lam` are new.
-Letters: as there, and lambda = lam, the Lagrange multiplier's weight in Eq. 8.
+The actor uses one quantity of its critic only, the action-gradient of Q. So MAGE asks the critic to get this
+right: it imagines a step with a learned, differentiable model, takes the gradient of the TD error by the
+action, through reward, model, target actor and target critics, and minimises its norm beside the error itself.
+Read dyna_td3.py first; new are `with_action_gradient`, `mage_loss` (Eq. 5-8, 13, Algorithm 2) and `--lam`.
+Letters and shapes as there; lambda is lam. MAGE-DDPG (B.1): --num-critics 1 --policy-delay 1 --target-noise 0
 
 Differences, beyond those of dyna_td3.py:
-- The target's part of the action-gradient has no trained parameter in it, so it is computed once and detached, and
-  only that of Q is differentiated twice. Value and gradient are those of Eq. 8 (tests/naive.py writes it out).
-- The loss is Huber(|grad_a delta|) + lam Huber(delta), as in the authors' code; they weigh the terms 5 and 1, which
-  is lam 0.2 up to scale. The scale matters little to RAdam, but the clipping of gradients acts on ours.
-- `--num-critics 1 --policy-delay 1 --target-noise 0` is MAGE-DDPG, `--lam 0` the gradient term alone (both B.1).
+- The target's action-gradient holds no trained parameter: it is taken once and detached, Q's alone is
+  differentiated twice. Value and gradient are those of Eq. 8 (tests/naive.py writes it out).
+- Both terms are Huber losses, as in the authors' code, which weighs them 5 and 1: lam 0.2 up to scale. RAdam
+  does not see the scale, the clipping of gradients does.
 
 python mage_td3.py --env-id Pendulum-v1 --preset laptop
 """
@@ -83,23 +81,21 @@ class Args:
 
 
 SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden=128, model_layers=2,
-             reward_hidden=128, reward_layers=1)  # fmt: skip
+             reward_hidden=128, reward_layers=1)
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256,
-              model_hidden=256)  # fmt: skip
+              model_hidden=256)
 LAPTOP_SMALL = SMALL | dict(total_timesteps=3000, eval_every=250, batch_size=256, lr=1e-3, actor_hidden=64,
-                            critic_hidden=128, model_hidden=64, model_lr=1e-3, model_batches=60)  # fmt: skip
+                            critic_hidden=128, model_hidden=64, model_lr=1e-3, model_batches=60)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
 }
 MODEL_BATCH, MODEL_DECAY = 256, 1e-4  # rows per member and gradient step; decoupled weight decay (D.2)
-GRADIENT_CLIP = 5.0  # by value, for every network (authors' code)
 
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
-
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
@@ -107,6 +103,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def update(self, x):  # Welford, float64: a million small squares are lost in float32
+        x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
         deviation = x - mean
@@ -124,7 +121,6 @@ class Normaliser(nn.Module):
 
 class EnsembleLinear(nn.Module):
     """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
-
     def __init__(self, members, dim_in, dim_out):
         super().__init__()
         weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
@@ -144,7 +140,6 @@ def mlp(members, dim_in, hidden, layers, dim_out):
 
 class Actor(nn.Module):
     """Deterministic policy pi(s): (B, ds) -> (B, da) in [-1, 1]."""
-
     def __init__(self, obs_norm, action_dim, hidden):
         super().__init__()
         self.obs_norm = obs_norm
@@ -156,7 +151,6 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
-
     def __init__(self, obs_norm, action_dim, hidden, members):
         super().__init__()
         self.obs_norm, self.members = obs_norm, members
@@ -170,7 +164,6 @@ class Critic(nn.Module):
 # --- model --------------------------------------------------------------------------------------------------
 class Dynamics(nn.Module):
     """p(s' | s, a) as K Gaussians over the normalised change s' - s."""
-
     def __init__(self, obs_norm, action_dim, hidden, layers, members):
         super().__init__()
         obs_dim = len(obs_norm.mean)
@@ -192,7 +185,6 @@ class Dynamics(nn.Module):
 
 class RewardModel(nn.Module):
     """Learned reward r(s, a, s'): (B, ds), (B, da), (B, ds) -> (B,)   (B.2)."""
-
     def __init__(self, obs_norm, action_norm, hidden, layers):
         super().__init__()
         self.obs_norm, self.action_norm = obs_norm, action_norm
@@ -206,25 +198,21 @@ class RewardModel(nn.Module):
 # --- replay buffer ------------------------------------------------------------------------------------------
 class ReplayBuffer:
     """The last `capacity` transitions, one row (s, a, r, s', terminated) each, on the device."""
-
     def __init__(self, capacity, obs_dim, action_dim, device):
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
 
-    def add(self, obs, action, reward, next_obs, terminated):  # arrays and numbers -> the row as stored
+    def add(self, obs, action, reward, next_obs, terminated):
         row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
-        stored = self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row))
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
-        return self.split(stored)
 
     def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
-        return self.split(self.rows[torch.randint(1 << 62, shape, device=self.rows.device) % self.size])
-
-    def split(self, rows):
-        obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
+        index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
+        obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
 
     def state_dict(self):
@@ -258,8 +246,8 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
 
 
 def with_action_gradient(f, action, create_graph=False):
-    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone: the gradient of
-    the sum is every row's own. create_graph: it can be differentiated again, by the parameters of f."""
+    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone, so the gradient
+    of the sum is every row's own. create_graph: it can be differentiated again, by the parameters of f."""
     action = action.detach().requires_grad_()
     out = f(action)
     (gradient,) = torch.autograd.grad(out.sum(), action, create_graph=create_graph)
@@ -269,8 +257,8 @@ def with_action_gradient(f, action, create_graph=False):
 def mage_loss(critic, step_target, obs, action):
     """The two terms of Eq. 8: Huber of the norm of the TD error's action-gradient; Huber of the TD error.
 
-    `step_target(a)` is the TD target (B,) of a step with a (B, da) from obs (B, ds), differentiable by a. The trained
-    critic has no part in it: for the parameters of the critic, the target and its gradient are constants.
+    `step_target(a)` is the TD target (B,) of a step with a (B, da) from obs (B, ds), differentiable by a. The
+    trained critic has no part in it: for that critic's parameters, y and its gradient are constants.
     """
     y, grad_y = with_action_gradient(step_target, action)  # (B,), (B, da)
     actions = action.expand(critic.members, -1, -1)  # (N, B, da): both critics in one backward pass
@@ -294,12 +282,12 @@ def radam(module, lr, weight_decay=0.0):
 
 
 def descend(optimizer, loss):
-    """One step of the optimiser's parameters, no others get a gradient; the gradient's norm before clipping."""
+    """One step of the optimiser's parameters alone; returns the norm of their gradient before clipping."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    nn.utils.clip_grad_value_(parameters, GRADIENT_CLIP, foreach=True)
+    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)  # authors' code
     optimizer.step()
     return norm
 
@@ -310,26 +298,19 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-# --- acting -------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def explore(actor, obs, noise):
-    """pi(s) with independent Gaussian noise in every dimension: (ds,) -> (da,)."""
-    action = actor(obs[None])[0]
-    return (action + noise * torch.randn_like(action)).clamp(-1, 1)
-
-
+# --- training -----------------------------------------------------------------------------------------------
 def load_policy(run_dir, plan=False):
     """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
     if plan:
         raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
     args, state = load_run(run_dir, Args)
     env = make_env(args.env_id)
-    actor = Actor(Normaliser(env.observation_space.shape[0]), env.action_space.shape[0], args.actor_hidden)
+    obs_norm = Normaliser(env.observation_space.shape[0])
+    actor = Actor(obs_norm, env.action_space.shape[0], args.actor_hidden)
     actor.load_state_dict(state["actor"])
     return as_policy(actor)
 
 
-# --- training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> float:
     """Trains one agent in one run folder; returns the mean return of its last evaluation."""
     device = prepare(args)
@@ -339,8 +320,8 @@ def train(args: Args) -> float:
 
     obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    critic, critic_target = (
-        Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device) for _ in range(2))
+    size = (args.critic_hidden, args.num_critics)
+    critic, critic_target = (Critic(obs_norm, action_dim, *size).to(device) for _ in range(2))
     for target, source in ((actor_target, actor), (critic_target, critic)):
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
@@ -370,8 +351,8 @@ def train(args: Args) -> float:
         obs = buffer.sample(args.batch_size)[0]  # (B, ds)
         with torch.no_grad():
             action = actor(obs)  # (B, da)
-        model_noise, target_noise = torch.randn_like(obs), args.target_noise * torch.randn_like(action)
-        target_noise = target_noise.clamp(-args.noise_clip, args.noise_clip)
+        model_noise = torch.randn_like(obs)
+        target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
 
         def step_target(action):
             next_obs = oracle(obs, action) if oracle else model.sample(obs, action, model_noise)
@@ -385,14 +366,14 @@ def train(args: Args) -> float:
         polyak(critic_target, critic, args.tau)
         if with_actor:
             loss = actor_loss(actor, critic, obs)
-            log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss), action_size=action.abs().mean())
+            log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss))
             polyak(actor_target, actor, args.tau)
         return log
 
     policy = as_policy(actor)
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # the whole run
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
-                 model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)  # all that the run is
+                 model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(policy)
@@ -402,29 +383,26 @@ def train(args: Args) -> float:
             if step <= args.learning_starts:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
-                action = explore(actor, torch.as_tensor(obs, device=device), args.exploration_noise)
+                action = actor(torch.as_tensor(obs[None], device=device))[0]
+                action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
-
             # --- store ---
-            obs, action, _, next_obs, _ = buffer.add(obs, action, reward, next_obs, terminated)
+            buffer.add(obs, action, reward, next_obs, terminated)
             obs_norm.update(obs)
             model.action_norm.update(action)
             model.delta_norm.update(next_obs - obs)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
-
             # --- learn the model ---
             if step % args.model_train_every == 0 and not (oracle and not args.learned_reward):
                 for _ in range(args.model_batches):
                     run.record(**train_model())
-
             # --- learn critic and actor ---
             for i in range(args.updates_per_step if step > args.learning_starts else 0):
                 count = (step - args.learning_starts - 1) * args.updates_per_step + i + 1
                 run.record(**update(with_actor=count % args.policy_delay == 0))
-
             # --- evaluate ---
             if step % args.eval_every == 0:
                 run.evaluate(policy)

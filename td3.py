@@ -1,4 +1,17 @@
-"""HEADER
+"""TD3 (Fujimoto et al. 2018), as the MAGE paper (D'Oro & Jaskowski 2020) uses it for a baseline.
+
+A critic learns by temporal differences what an action is worth, and an actor climbs its action-gradient. The
+smaller of two critics, noise on the target action and a delayed actor keep Q from growing too large.
+First rung of a ladder: td3.py, dyna_td3.py (a model makes the data), mage_td3.py (what the critic learns).
+Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic; a bar is *_target. Eq.: the MAGE paper.
+Shapes    B batch, ds observation, da action, N critics.
+
+Not the TD3 you know, so that the rungs differ by one idea each: 384 swish units on normalised observations,
+RAdam 1e-4, batch 1024, 1000 warm-up steps; Huber loss, gradients clipped by value (MAGE's code); the actor
+climbs min_i Q_i, not Q_1 (Algorithm 2); critic targets move at every update, the actor's target is delayed.
+`--updates-per-step 10` is the paper's sample-efficient TD3.
+
+python td3.py --env-id Pendulum-v1 --preset laptop
 """
 
 from dataclasses import dataclass
@@ -53,19 +66,17 @@ class Args:
 
 SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128)
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
-LAPTOP_SMALL = SMALL | dict(total_timesteps=3000, eval_every=250, batch_size=256, lr=1e-3, actor_hidden=64,
-                            critic_hidden=128)  # fmt: skip
+LAPTOP_SMALL = LAPTOP | dict(total_timesteps=3000, learning_starts=100, lr=1e-3, actor_hidden=64,
+                             critic_hidden=128)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
 }
-GRADIENT_CLIP = 5.0  # by value, for every network (authors' code)
 
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
-
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
@@ -73,6 +84,7 @@ class Normaliser(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     def update(self, x):  # Welford, float64: a million small squares are lost in float32
+        x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
         deviation = x - mean
@@ -90,7 +102,6 @@ class Normaliser(nn.Module):
 
 class EnsembleLinear(nn.Module):
     """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
-
     def __init__(self, members, dim_in, dim_out):
         super().__init__()
         weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
@@ -110,7 +121,6 @@ def mlp(members, dim_in, hidden, layers, dim_out):
 
 class Actor(nn.Module):
     """Deterministic policy pi(s): (B, ds) -> (B, da) in [-1, 1]."""
-
     def __init__(self, obs_norm, action_dim, hidden):
         super().__init__()
         self.obs_norm = obs_norm
@@ -122,7 +132,6 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
-
     def __init__(self, obs_norm, action_dim, hidden, members):
         super().__init__()
         self.obs_norm, self.members = obs_norm, members
@@ -136,25 +145,21 @@ class Critic(nn.Module):
 # --- replay buffer ------------------------------------------------------------------------------------------
 class ReplayBuffer:
     """The last `capacity` transitions, one row (s, a, r, s', terminated) each, on the device."""
-
     def __init__(self, capacity, obs_dim, action_dim, device):
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
 
-    def add(self, obs, action, reward, next_obs, terminated):  # arrays and numbers -> the row as stored
+    def add(self, obs, action, reward, next_obs, terminated):
         row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
-        stored = self.rows[self.added % len(self.rows)].copy_(torch.from_numpy(row))
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
-        return self.split(stored)
 
     def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
-        return self.split(self.rows[torch.randint(1 << 62, shape, device=self.rows.device) % self.size])
-
-    def split(self, rows):
-        obs, action, reward, next_obs, terminated = rows.split(self.widths, -1)
+        index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
+        obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
 
     def state_dict(self):
@@ -199,12 +204,12 @@ def radam(module, lr, weight_decay=0.0):
 
 
 def descend(optimizer, loss):
-    """One step of the optimiser's parameters, no others get a gradient; the gradient's norm before clipping."""
+    """One step of the optimiser's parameters alone; returns the norm of their gradient before clipping."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    nn.utils.clip_grad_value_(parameters, GRADIENT_CLIP, foreach=True)
+    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)  # authors' code
     optimizer.step()
     return norm
 
@@ -215,26 +220,19 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-# --- acting -------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def explore(actor, obs, noise):
-    """pi(s) with independent Gaussian noise in every dimension: (ds,) -> (da,)."""
-    action = actor(obs[None])[0]
-    return (action + noise * torch.randn_like(action)).clamp(-1, 1)
-
-
+# --- training -----------------------------------------------------------------------------------------------
 def load_policy(run_dir, plan=False):
     """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
     if plan:
         raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
     args, state = load_run(run_dir, Args)
     env = make_env(args.env_id)
-    actor = Actor(Normaliser(env.observation_space.shape[0]), env.action_space.shape[0], args.actor_hidden)
+    obs_norm = Normaliser(env.observation_space.shape[0])
+    actor = Actor(obs_norm, env.action_space.shape[0], args.actor_hidden)
     actor.load_state_dict(state["actor"])
     return as_policy(actor)
 
 
-# --- training -----------------------------------------------------------------------------------------------
 def train(args: Args) -> float:
     """Trains one agent in one run folder; returns the mean return of its last evaluation."""
     device = prepare(args)
@@ -244,8 +242,8 @@ def train(args: Args) -> float:
 
     obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    critic, critic_target = (
-        Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device) for _ in range(2))
+    size = (args.critic_hidden, args.num_critics)
+    critic, critic_target = (Critic(obs_norm, action_dim, *size).to(device) for _ in range(2))
     for target, source in ((actor_target, actor), (critic_target, critic)):
         target.load_state_dict(source.state_dict())
         target.requires_grad_(False)
@@ -255,8 +253,7 @@ def train(args: Args) -> float:
     def update(with_actor):
         """One update of the critics on replayed transitions, and if asked of the actor."""
         obs, action, *step = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
-        target_noise = args.target_noise * torch.randn_like(action)
-        target_noise = target_noise.clamp(-args.noise_clip, args.noise_clip)
+        target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
         with torch.no_grad():
             y = td_target(actor_target, critic_target, *step, target_noise, args.gamma)
         critic_loss = td_loss(critic, obs, action, y)
@@ -264,13 +261,13 @@ def train(args: Args) -> float:
         polyak(critic_target, critic, args.tau)
         if with_actor:
             loss = actor_loss(actor, critic, obs)
-            log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss), action_size=action.abs().mean())
+            log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss))
             polyak(actor_target, actor, args.tau)
         return log
 
     policy = as_policy(actor)
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
-                 critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)  # all that the run is
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # the whole run
+                 critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(policy)
@@ -280,22 +277,20 @@ def train(args: Args) -> float:
             if step <= args.learning_starts:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
-                action = explore(actor, torch.as_tensor(obs, device=device), args.exploration_noise)
+                action = actor(torch.as_tensor(obs[None], device=device))[0]
+                action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
-
             # --- store ---
-            obs, *_ = buffer.add(obs, action, reward, next_obs, terminated)
+            buffer.add(obs, action, reward, next_obs, terminated)
             obs_norm.update(obs)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
-
             # --- learn critic and actor ---
             for i in range(args.updates_per_step if step > args.learning_starts else 0):
                 count = (step - args.learning_starts - 1) * args.updates_per_step + i + 1
                 run.record(**update(with_actor=count % args.policy_delay == 0))
-
             # --- evaluate ---
             if step % args.eval_every == 0:
                 run.evaluate(policy)

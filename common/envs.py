@@ -20,7 +20,7 @@ from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box
 from gymnasium.utils import seeding
-from gymnasium.wrappers import DtypeObservation, RescaleAction, TransformAction
+from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
 from common import BadInput
 
@@ -45,7 +45,9 @@ def make_env(env_id, seed=None, render_mode=None):
         _check_spaces(env_id, env)
         if env.spec.id.removesuffix("-v4").removesuffix("-v5") in RUNNERS:
             env = PrependXVelocity(env)
-        env = DtypeObservation(env, np.float32)
+        # Observations get no bounds: nobody uses them, and those of a float64 Box may not fit into float32.
+        anything = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        env = TransformObservation(env, np.float32, anything)
         # Clipped after the rescaling, which takes actions beyond [-1, 1] past the bounds, and may round past.
         own = env.action_space
         env = TransformAction(env, partial(_clip, space=own), Box(own.low, own.high, dtype=np.float32))
@@ -82,7 +84,7 @@ def _check_spaces(env_id, env):
         fault = f"has the action space {action}: choose one with continuous actions, a Box of floats"
     elif len(action.shape) != 1 or action.shape[0] == 0:
         fault = f"has actions of shape {action.shape}, not (n,): choose one with flat actions"
-    elif not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
+    elif not ((-1e30 < action.low) & (action.low < action.high) & (action.high < 1e30)).all():
         fault = f"has the action space {action}: give it finite action bounds, low < high"
     else:
         return
@@ -99,9 +101,7 @@ class PrependXVelocity(gym.Wrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        space = env.observation_space
-        low, high = np.append(-np.inf, space.low), np.append(np.inf, space.high)
-        self.observation_space = Box(low, high, dtype=space.dtype)
+        self.observation_space = Box(-np.inf, np.inf, (1 + env.observation_space.shape[0],), np.float64)
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -170,10 +170,8 @@ class PusherV4(PusherEnv):
     def _initialize_simulation(self):
         model, data = super()._initialize_simulation()
         for body in (model.body("object"), model.body("goal")):
-            slides = slice(body.dofadr[0], body.dofadr[0] + 2)
-            weight = 1 / (model.dof_armature[slides] + body.mass)
-            body.invweight0[:] = (2 / 3 * weight[0], 0)  # mean over three axes, one of them fixed
-            model.dof_invweight0[slides] = weight
+            inertia = model.dof_armature[body.dofadr[0]] + body.mass[0]
+            body.invweight0[:] = (2 / 3 / inertia, 0)  # a mean over three axes, one of which is fixed
         for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # each is absent before its change
             model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
         if MUJOCO_VERSION >= (3, 5):

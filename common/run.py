@@ -175,7 +175,7 @@ class Run:
 
     def fetch(self, action):
         """The action as an array, in one transfer with all that was recorded; Fault if any is not finite."""
-        values = torch.cat([action, *(value[None] for value in self.pending.values())]).cpu().numpy()
+        values = torch.cat([action.detach(), *(value[None] for value in self.pending.values())]).cpu().numpy()
         action, recorded = np.split(values, [len(action)])
         self.pending, names = {}, ["the action", *self.pending]
         for name, value in zip(names, [action, *recorded], strict=True):

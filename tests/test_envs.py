@@ -1,22 +1,24 @@
-"""What make_env promises: spaces, seeds, plain refusals, resuming bit for bit, and our own environments."""
+"""What make_env promises: spaces, seeds, plain refusals; and the environments of our own."""
 
-import io
 import math
 import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 from common import BadInput
-from common.envs import RUNNERS, Resumable, make_env
+from common.envs import RUNNERS, make_env
 from common.rewards import REWARDS
 
-torch.set_num_threads(1)
 OTHERS = ["MountainCarContinuous-v0", "InvertedDoublePendulum-v5", "HumanoidStandup-v5", "Reacher-v5"]
 FLAT = Box(-1, 1, (2,), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(gym.logger, "min_level", gym.logger.ERROR)  # for gym.make, where the tests call it
 
 
 class Probe(gym.Env):
@@ -32,8 +34,8 @@ class Probe(gym.Env):
         return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
 
     def step(self, action):
-        assert self.action_space.contains(action), action
         self.action = action
+        assert self.action_space.contains(action), action
         return np.asarray(action, self.observation_space.dtype), 0.0, False, False, {}
 
 
@@ -55,13 +57,13 @@ def probe():
 # --- observations, actions, seeds ---
 @pytest.mark.parametrize("env_id", [*REWARDS, *OTHERS])
 def test_spaces_and_types(env_id):
+    gym.logger.min_level = gym.logger.WARN
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "The environment Hopper-v4 is out of date"
         env = make_env(env_id, seed=0)
     da = env.action_space.shape[0]
-    assert env.action_space == Box(-1, 1, (da,), np.float32)
+    assert env.action_space == Box(-1, 1, (da,), np.float32) and len(env.observation_space.shape) == 1
     obs, _ = env.reset()
-    assert env.observation_space.dtype == np.float32 and len(env.observation_space.shape) == 1
     for action in [np.full(da, x, np.float32) for x in (-1, 1, 0)]:
         assert obs.dtype == np.float32 and env.observation_space.contains(obs)
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -71,24 +73,31 @@ def test_spaces_and_types(env_id):
 @pytest.mark.parametrize("env_id", [f"{robot}-{version}" for robot in RUNNERS for version in ("v4", "v5")])
 def test_runners_observe_their_x_velocity_first(env_id):
     env, plain = make_env(env_id, seed=5), gym.make(env_id)
-    low, high = plain.action_space.low, plain.action_space.high
     obs, plain_obs = env.reset()[0], plain.reset(seed=5)[0]
     x_velocity = 0.0
     for _ in range(20):
         assert np.array_equal(obs, np.append(x_velocity, plain_obs).astype(np.float32))
-        action = env.action_space.sample()
+        action = np.sign(env.action_space.sample())
         obs, *_, info = env.step(action)
-        plain_obs, *_ = plain.step(np.clip((low + high) / 2 + (high - low) / 2 * action, low, high))
+        plain_obs, *_ = plain.step(np.where(action > 0, plain.action_space.high, plain.action_space.low))
         x_velocity = info["x_velocity"]
     assert x_velocity != 0
 
 
 def test_the_logger_is_left_as_it_was():
-    level = gym.logger.min_level
+    gym.logger.min_level = 17
     make_env("Hopper-v4")
     with pytest.raises(BadInput):
         make_env("Nope-v0")
-    assert gym.logger.min_level == level
+    assert gym.logger.min_level == 17
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_observations_of_other_float_types(probe, dtype):
+    huge = np.finfo(dtype).max  # means "no bounds" in some environments
+    env = make_env(probe(observation_space=Box(-huge, huge, (1,), dtype), action_space=Box(-1, 1, (1,))))
+    for obs in (env.reset()[0], env.step(np.ones(1, np.float32))[0]):
+        assert obs.dtype == np.float32 and obs.shape == (1,)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -97,14 +106,8 @@ def test_each_action_dimension_has_its_own_bounds(probe, low, high, dtype):
     low, high = np.array(low, dtype), np.array(high, dtype)
     env = make_env(probe(action_space=Box(low, high, dtype=dtype)))
     env.reset()
-    for action, wanted in [
-        (-1, low),
-        (1, high),
-        (0, (low + high) / 2),
-        (-9, low),
-        (9, high),
-        (0.5, (low + 3 * high) / 4),
-    ]:
+    for action, share in [(-1, 0), (1, 1), (0, 0.5), (0.5, 0.75), (-9, 0), (9, 1)]:
+        wanted = low + share * (high - low)
         env.step(np.full(2, action, np.float32))
         np.testing.assert_allclose(env.unwrapped.action, wanted, rtol=1e-6)
         assert env.unwrapped.action.dtype == dtype
@@ -113,20 +116,16 @@ def test_each_action_dimension_has_its_own_bounds(probe, low, high, dtype):
         env.step(env.action_space.sample())
 
 
-@pytest.mark.parametrize(
-    "env_id", ["Pendulum-v1", "Hopper-v4", "Pusher-v4", "ContinuousCartPole-v1", "mbbl/Ant-v0"]
-)
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4", "Pusher-v4", "ContinuousCartPole-v1"])
 def test_a_seeded_environment_starts_as_reset_with_that_seed(env_id):
     env, other = make_env(env_id, seed=3), make_env(env_id)
     first, second = env.reset()[0], env.reset()[0]
     assert np.array_equal(first, other.reset(seed=3)[0])
     assert np.array_equal(second, other.reset()[0])
-    assert not np.array_equal(first, second) and not np.array_equal(
-        first, make_env(env_id, seed=4).reset()[0]
-    )
-    assert np.array_equal(
-        make_env(env_id, seed=3).action_space.sample(), make_env(env_id, seed=3).action_space.sample()
-    )
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, make_env(env_id, seed=4).reset()[0])
+    samples = [make_env(env_id, seed=3).action_space.sample() for _ in range(2)]
+    assert np.array_equal(*samples)
 
 
 # --- refusals ---
@@ -145,7 +144,6 @@ def refusal(env_id):
         ("Hopper-v9", "`v4`, `v5`"),
         ("nope/Hopper-v4", "Namespace nope not found"),
         ("", "Malformed environment ID"),
-        ("a b", "Malformed environment ID"),
         (":Hopper-v4", "Hopper-v4"),
         ("foo:Bar-v0", "No module named 'foo'"),
         ("CartPole-v1", "Discrete(2)"),
@@ -163,6 +161,7 @@ def test_ids_that_cannot_be_used(env_id, expected):
         ({"action_space": Box(0, 3, (2,), np.int32)}, "continuous actions"),
         ({"action_space": Box(-np.inf, np.inf, (2,))}, "give it finite action bounds"),
         ({"action_space": Box(np.float32([-1, 0]), np.float32([1, np.inf]))}, "give it finite action bounds"),
+        ({"action_space": Box(-1e308, 1e308, (2,), np.float64)}, "give it finite action bounds"),
         ({"action_space": Box(np.float32([-1, 0]), np.float32([1, 0]))}, "low < high"),
         ({"action_space": Box(-1, 1, (2, 2))}, "actions of shape (2, 2)"),
         ({"observation_space": Dict(a=FLAT)}, "wrap it in gymnasium.wrappers.FlattenObservation"),
@@ -170,75 +169,13 @@ def test_ids_that_cannot_be_used(env_id, expected):
         ({"observation_space": Box(0, 255, (8, 8, 3), np.uint8)}, "not images"),
         ({"observation_space": Box(0, 255, (128,), np.uint8)}, "uint8 observations"),
         ({"observation_space": Box(-1, 1, ())}, "observations of shape ()"),
-        (
-            {"error": gym.error.DependencyNotInstalled("Box2D is not installed")},
-            "installed): install what it needs.",
-        ),
+        ({"error": gym.error.DependencyNotInstalled("No Box2D")}, "(No Box2D): install what it needs."),
         ({"error": ImportError("No\nmodule")}, "(No module): install what it needs."),
         ({"error": RuntimeError("no power")}, "(no power)"),
     ],
 )
 def test_environments_that_cannot_be_used(probe, spaces, expected):
     assert expected in refusal(probe(**spaces))
-
-
-# --- stopping and going on ---
-def drive(env, rng, steps):
-    """What `steps` random steps of a Resumable give, with resets where an episode ends."""
-    seen = []
-    for _ in range(steps):
-        if env.obs is None:
-            env.reset()
-        obs, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
-        assert obs is env.obs
-        if terminated or truncated:
-            env.reset()
-        seen.append((env.obs.copy(), reward, terminated, truncated))
-    return seen
-
-
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 57, 333])
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Pusher-v4", "Pendulum-v1"])
-def test_a_resumed_environment_goes_on_bit_for_bit(env_id, steps):
-    env, rng = Resumable(make_env(env_id, seed=7)), np.random.default_rng(0)
-    drive(env, rng, steps)
-    state = saved_and_loaded(env.state_dict())
-    resumed = Resumable(make_env(env_id, seed=8))
-    drive(resumed, np.random.default_rng(1), 5)  # whatever it did before is forgotten
-    resumed.load_state_dict(state)
-    assert (resumed.obs is None) == (steps == 0) and np.array_equal(resumed.obs, env.obs)
-    assert resumed.state_dict() == env.state_dict()
-    rng, again = np.random.default_rng(2), np.random.default_rng(2)
-    wanted = drive(env, rng, 250)  # a time limit or a fall, and what comes after it, are in here
-    for (obs, *rest), (resumed_obs, *resumed_rest) in zip(wanted, drive(resumed, again, 250), strict=True):
-        assert np.array_equal(obs, resumed_obs) and rest == resumed_rest
-
-
-def test_resuming_an_episode_that_was_reset_with_a_seed():
-    env = Resumable(make_env("Hopper-v4"))
-    env.reset(seed=11)
-    drive(env, np.random.default_rng(0), 5)
-    resumed = Resumable(make_env("Hopper-v4"))
-    resumed.load_state_dict(saved_and_loaded(env.state_dict()))
-    assert np.array_equal(env.obs, resumed.obs) and np.array_equal(env.reset()[0], resumed.reset()[0])
-
-
-def test_recorded_actions_are_copies():
-    env, resumed = (Resumable(make_env("Pendulum-v1", seed=0)) for _ in range(2))
-    env.reset()
-    action = np.ones(1, np.float32)
-    for value in (1.0, -1.0, 0.3):
-        action[:] = value
-        env.step(action)
-    resumed.load_state_dict(env.state_dict())
-    assert np.array_equal(env.obs, resumed.obs)
 
 
 # --- our own environments ---
@@ -249,18 +186,16 @@ def test_wang_2019(robot, size):
     assert core.fullpath == theirs.fullpath and core.frame_skip == theirs.frame_skip
     assert env.observation_space.shape == (size,)
     obs, _ = env.reset()
-    rng, fastest = np.random.default_rng(0), 0
+    rng, fastest, first = np.random.default_rng(0), 0, 2 if robot == "Ant" else 1
     for step in range(1, 1001):
-        first = {"Ant": 2}.get(robot, 1)
         np.testing.assert_allclose(obs, np.append(core.data.qpos[first:], core.data.qvel), rtol=1e-6)
         fastest = max(fastest, abs(core.data.qvel).max())
         action = np.sign(rng.uniform(-1, 1, env.action_space.shape)).astype(np.float32)
         wanted = core.data.qvel[0] - 0.1 * len(action)
         if robot != "HalfCheetah":
-            z = core.data.qpos[2 if robot == "Ant" else 1]
-            wanted += 1 - 3 * (z - (0.57 if robot == "Ant" else 1.3)) ** 2
+            wanted += 1 - 3 * (obs[0].item() - (0.57 if robot == "Ant" else 1.3)) ** 2
         obs, reward, terminated, truncated, _ = env.step(action)
-        assert reward == pytest.approx(wanted, rel=1e-9) and not terminated and truncated == (step == 1000)
+        assert reward == pytest.approx(wanted, abs=1e-6) and not terminated and truncated == (step == 1000)
     assert fastest > 10  # where Gymnasium would clip
 
 
@@ -269,13 +204,10 @@ def euler_cartpole(state, force):
     x, x_dot, theta, theta_dot = state
     g, cart, pole, half_length, dt = 9.8, 1.0, 0.1, 0.5, 0.02
     total = cart + pole
-    pull = (-force - pole * half_length * theta_dot**2 * math.sin(theta)) / total
-    theta_acc = (g * math.sin(theta) + math.cos(theta) * pull) / (
-        half_length * (4 / 3 - pole * math.cos(theta) ** 2 / total)
-    )
-    x_acc = (
-        force + pole * half_length * (theta_dot**2 * math.sin(theta) - theta_acc * math.cos(theta))
-    ) / total
+    sin, cos, swing = math.sin(theta), math.cos(theta), pole * half_length
+    pull = (-force - swing * theta_dot**2 * sin) / total
+    theta_acc = (g * sin + cos * pull) / (half_length * (4 / 3 - pole * cos**2 / total))
+    x_acc = (force + swing * (theta_dot**2 * sin - theta_acc * cos)) / total
     return x + dt * x_dot, x_dot + dt * x_acc, theta + dt * theta_dot, theta_dot + dt * theta_acc
 
 
@@ -283,8 +215,7 @@ def test_continuous_cartpole_is_eulers():
     env, rng = make_env("ContinuousCartPole-v1", seed=0), np.random.default_rng(0)
     lengths = []
     for _ in range(50):
-        state = env.reset()[0].astype(float)
-        assert (abs(state) <= 0.05).all()
+        assert (abs(env.reset()[0]) <= 0.05).all()
         state, terminated, steps = env.unwrapped.state, False, 0
         while not terminated:
             action = rng.uniform(-1, 1, 1).astype(np.float32)

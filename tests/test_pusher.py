@@ -4,7 +4,7 @@ The reference is a recorded trace of an arm that pushes (tests/record_pusher.py 
 here needs torch, so these tests also run in a small environment with another MuJoCo:
 
     pip install gymnasium mujoco==<version> imageio packaging pytest
-    python -m pytest -s tests/test_pusher.py
+    python -m pytest --noconftest -s tests/test_pusher.py
 """
 
 import copy

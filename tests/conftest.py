@@ -1,0 +1,108 @@
+"""What the tests share: the scripts that exist, tiny settings, an environment that follows a plan."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+
+from common.args import flag, parse_args
+from common.rewards import REWARDS, TERMINATIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+LADDER = ["td3", "dyna_td3", "mage_td3", "maac_sac"]  # lowest rung first
+SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
+TINY = dict(
+    env_id="Pendulum-v1", total_timesteps=60, eval_every=20, eval_episodes=1, learning_starts=20,
+    buffer_size=500, updates_per_step=2, batch_size=8, actor_hidden=8, critic_hidden=8, ensemble_size=2,
+    model_hidden=8, model_layers=1, model_train_every=10, model_batches=2, reward_hidden=8, reward_layers=1,
+)  # fmt: skip
+
+
+def script(name):
+    return importlib.import_module(name)
+
+
+def fields(name):
+    """The flags of a script: {field of Args: its type}."""
+    return {field.name: field.type for field in dataclasses.fields(script(name).Args)}
+
+
+def words(settings):
+    """Settings as a command line: {"lr": 0.1, "resume": True} -> --lr 0.1 --resume."""
+    return [word for field, value in settings.items() if value is not False
+            for word in ([flag(field)] if value is True else [flag(field), str(value)])]  # fmt: skip
+
+
+def tiny(name, **changes):
+    """A command line for a script: those of the TINY settings that it has, and the changes."""
+    return words({field: value for field, value in TINY.items() if field in fields(name)} | changes)
+
+
+def train(name, run_dir, **changes):
+    """Trains in this process with TINY settings and the changes; returns the run folder."""
+    module = script(name)
+    module.train(parse_args(module.Args, module.PRESETS, tiny(name, run_dir=run_dir, **changes)))
+    return Path(run_dir)
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+class Planned(gym.Env):
+    """Follows PLAN, a length and an end for each episode, over and over.
+
+    It observes (number of the episode, steps in it) and pays 1 + 10 times the one + the other, as they were
+    before the step: a row of a replay buffer tells where it comes from.
+    """
+
+    PLAN = ((3, "terminated"), (2, "truncated"), (1, "both"), (1, "truncated"), (1, "terminated"))
+
+    def __init__(self):
+        self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = Box(-1, 1, (2,), np.float32)
+        self.episode = -1
+
+    def observe(self):
+        return np.array([self.episode, self.steps], np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = 1.0 + 10 * self.episode + self.steps
+        self.steps += 1
+        length, end = self.PLAN[self.episode % len(self.PLAN)]
+        end = end if self.steps == length else None
+        return self.observe(), reward, end in ("terminated", "both"), end in ("truncated", "both"), {}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """A function that registers an environment, by default one whose reward and termination are known."""
+    monkeypatch.setattr(gym.logger, "min_level", gym.logger.ERROR)  # Gymnasium's checker dislikes NaN
+    ids = []
+
+    def add(make, known=True):
+        ids.append(f"test/Env{len(ids)}-v0")
+        gym.register(ids[-1], make)
+        if known:
+            monkeypatch.setitem(REWARDS, ids[-1], lambda obs, action, next_obs: obs[..., 0])
+            monkeypatch.setitem(TERMINATIONS, ids[-1], lambda next_obs: next_obs[..., 0] > 1e6)
+        return ids[-1]
+
+    yield add
+    for env_id in ids:
+        del gym.registry[env_id]
+
+
+@pytest.fixture
+def planned(register):
+    return register(Planned)

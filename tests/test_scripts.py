@@ -1,0 +1,241 @@
+"""The scripts are one text: what two of them share is the same character for character, and all stay short.
+
+`python -m tests.test_scripts --fix` copies the text of the lowest script on the ladder over the others'.
+"""
+
+import ast
+import difflib
+import re
+import shutil
+import sys
+from functools import cache
+
+import pytest
+
+from common.args import LIMITS
+from tests.conftest import LADDER, ROOT, SCRIPTS, fields, script
+
+REPAIR = "python -m tests.test_scripts --fix"
+BUDGETS = {"td3": 300, "dyna_td3": 400, "mage_td3": 430, "maac_sac": 560}  # lines
+OWN = {  # (script, name): why this script has a text of its own; all others that have the name still agree
+    ("td3", "SMALL"): "it has no model to set",
+    ("td3", "LAPTOP"): "it has no model to set",
+    ("td3", "LAPTOP_SMALL"): "it has no model to set",
+    ("td3", "Args.updates_per_step"): "the model-free baseline learns once for each step",
+    ("td3", "train.update"): "its batch is replayed, not imagined",
+    ("mage_td3", "train.update"): "its critic loss is what MAGE is",
+}
+PATHS = {name: ROOT / f"{name}.py" for name in SCRIPTS}
+COMMON = sorted((ROOT / "common").glob("*.py"))
+
+
+# --- what a script consists of ------------------------------------------------------------------------------
+def named(tree):
+    """(name, node) of what is compared: top-level names, the fields of Args, the functions inside train."""
+    for node in tree.body:
+        name = getattr(node, "name", None)
+        if name == "Args":
+            yield from ((f"Args.{x.target.id}", x) for x in node.body if isinstance(x, ast.AnnAssign))
+        elif name == "train":
+            yield from ((f"train.{x.name}", x) for x in node.body if isinstance(x, ast.FunctionDef))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield name, node
+        elif isinstance(node, ast.Assign):
+            yield ast.unparse(node.targets), node
+        elif isinstance(node, ast.If):
+            yield ast.unparse(node.test), node
+
+
+def blocks(path):
+    """{name: (first line, line after the last one)} of a script; its section comments are names as well."""
+    return blocks_of(path.read_text())
+
+
+@cache
+def blocks_of(source):
+    lines, found = source.splitlines(), []
+    for name, node in named(ast.parse(source)):
+        start = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) - 1
+        while re.match(r" *#(?! ---)", lines[start - 1]):  # the comments above belong to it
+            start -= 1
+        found.append((name, (start, node.end_lineno)))
+    for number, line in enumerate(lines):
+        if match := re.match(r"( *# --- .*?)[ -]*$", line):
+            found.append((match[1], (number, number + 1)))
+    assert len(found) == len(dict(found)), f"two parts have one name: {sorted(name for name, _ in found)}"
+    return dict(sorted(found, key=lambda part: part[1]))
+
+
+def text(path, name):
+    return path.read_text().splitlines(keepends=True)[slice(*blocks(path)[name])]
+
+
+def differences(folder=ROOT):
+    """[(name, path that is right, path that differs)]; right is the script lowest on the ladder."""
+    parts = {path: blocks(path) for path in (folder / f"{name}.py" for name in SCRIPTS)}
+    found = []
+    for name in dict.fromkeys(name for names in parts.values() for name in names):
+        sharing = [path for path in parts if name in parts[path] and (path.stem, name) not in OWN]
+        found += [(name, sharing[0], p) for p in sharing[1:] if text(p, name) != text(sharing[0], name)]
+    return found
+
+
+def report(found):
+    """The differing lines of each name, and the command that repairs them."""
+    lines = []
+    for name, right, path in found:
+        diff = difflib.unified_diff(text(right, name), text(path, name), right.name, path.name)
+        lines += [f"\n{name}\n", *diff]
+    return "".join([*lines, f"\n`{REPAIR}` copies the first of each pair over the second.\n"])
+
+
+def fix(folder=ROOT):
+    """Copies the right text over each one that differs."""
+    found = [(blocks(path)[name], path, text(right, name)) for name, right, path in differences(folder)]
+    for span, path, wanted in sorted(found, reverse=True):  # from below, so that no span moves
+        lines = path.read_text().splitlines(keepends=True)
+        lines[slice(*span)] = wanted
+        path.write_text("".join(lines))
+
+
+# --- shared text --------------------------------------------------------------------------------------------
+def test_shared_text_is_the_same_text():
+    found = differences()
+    assert not found, report(found)
+
+
+@pytest.mark.parametrize("changed", SCRIPTS[1:])
+def test_every_difference_is_found_shown_and_repaired(changed, tmp_path):
+    """A mark at the end of every block that a script shares with a lower one, and nowhere else."""
+    for path in PATHS.values():
+        shutil.copy(path, tmp_path)
+    fix(tmp_path)
+    path = tmp_path / f"{changed}.py"
+    before, parts = path.read_text(), blocks(path)
+    lower = {(rung, name) for rung in SCRIPTS[: SCRIPTS.index(changed)] for name in blocks(PATHS[rung])}
+    shared = {name for _, name in lower - set(OWN)} & {name for name in parts if (changed, name) not in OWN}
+    lines = before.splitlines()
+    for name in shared:
+        lines[parts[name][1] - 1] += "-" if "# ---" in name else "  # changed"
+    path.write_text("\n".join(lines) + "\n")
+
+    found = differences(tmp_path)
+    assert {name for name, _, _ in found} == shared and len(shared) > 40
+    shown = report(found)
+    assert shown.count("  # changed\n") == sum("# ---" not in name for name in shared) and REPAIR in shown
+    fix(tmp_path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("name, part", [key for key in OWN if key[0] in SCRIPTS])
+def test_an_exception_is_needed(name, part):
+    others = [path for other, path in PATHS.items() if other != name and part in blocks(path)]
+    assert others and text(PATHS[name], part) not in [text(path, part) for path in others]
+
+
+def test_mage_is_at_most_45_lines_away_from_dyna():
+    bodies = []
+    for path in (PATHS["dyna_td3"], PATHS["mage_td3"]):
+        header = ast.parse(path.read_text()).body[0]
+        assert isinstance(header, ast.Expr), f"{path.name} has no header"
+        bodies.append(path.read_text().splitlines()[header.end_lineno :])
+    changed = [line for line in list(difflib.unified_diff(*bodies, n=0))[2:] if line[0] in "+-"]
+    assert 0 < len(changed) <= 45, "\n".join(changed)
+
+
+# --- size and structure -------------------------------------------------------------------------------------
+def size(path):
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_keeps_to_its_budget_of_lines(name):
+    assert size(PATHS[name]) <= BUDGETS[name]
+
+
+def test_common_keeps_to_its_budget_of_lines():
+    sizes = {path.name: size(path) for path in COMMON}
+    assert not {name: lines for name, lines in sizes.items() if lines > 250}
+    assert sum(sizes.values()) <= 1500, sizes
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), *COMMON], ids=lambda path: path.stem)
+def test_lines_fit_into_110_columns(path):
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert not {number: len(line) for number, line in lines if len(line) > 110}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loss_has_at_most_40_lines(name):
+    section, lengths = None, {}
+    for part, (start, end) in blocks(PATHS[name]).items():
+        section = part if part.startswith("# ---") else section
+        if section == "# --- losses" and part != section:
+            lengths[part] = end - start
+    assert any(part.endswith("_loss") for part in lengths)
+    assert not {part: lines for part, lines in lengths.items() if lines > 40}
+
+
+def imports(node, in_functions):
+    """Names of the modules that are imported somewhere below a node of the syntax tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield child.module
+        elif in_functions or not isinstance(child, ast.FunctionDef):
+            yield from imports(child, in_functions)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_no_other_script(name):
+    imported = set(imports(ast.parse(PATHS[name].read_text()), in_functions=True))
+    assert "torch" in imported and not imported & {*LADDER, "tests"}
+
+
+def test_importing_common_imports_no_script():
+    imported = {x for path in COMMON for x in imports(ast.parse(path.read_text()), in_functions=False)}
+    assert "torch" in imported and not imported & {*LADDER, "tests"}
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), *COMMON], ids=lambda path: path.stem)
+def test_no_check_is_an_assert(path):
+    """`python -O` drops them."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    assert not [node.lineno for node in nodes if isinstance(node, ast.Assert)]
+
+
+# --- names that users rely on -------------------------------------------------------------------------------
+FLAGS = dict.fromkeys(SCRIPTS, """
+    env_id seed total_timesteps preset device threads exp_name run_dir resume checkpoint_every eval_every
+    eval_episodes learning_starts buffer_size batch_size gamma tau lr actor_hidden critic_hidden
+    num_critics updates_per_step """)  # fmt: skip
+for name in ("td3", "dyna_td3", "mage_td3"):
+    FLAGS[name] += "policy_delay target_noise noise_clip exploration_noise "
+for name in SCRIPTS[1:]:
+    FLAGS[name] += """ensemble_size model_hidden model_layers model_lr model_train_every model_batches
+        learned_reward oracle_dynamics """
+FLAGS["mage_td3"] += "lam "
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_its_flags(name):
+    assert not set(FLAGS[name].split()) - set(fields(name))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_used_from_python(name):
+    module = script(name)
+    assert callable(module.train) and callable(module.load_policy)
+    assert {"paper", "laptop"} <= set(module.PRESETS)
+
+
+def test_every_limit_is_that_of_a_flag():
+    assert not set(LIMITS) - {field for name in SCRIPTS for field in fields(name)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--fix"]:
+        sys.exit(f"usage: {REPAIR}")
+    print(report(differences()))
+    fix()
