@@ -84,8 +84,8 @@ SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden
              reward_hidden=128, reward_layers=1)
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256,
               model_hidden=256)
-LAPTOP_SMALL = SMALL | dict(total_timesteps=3000, eval_every=250, batch_size=256, lr=1e-3, actor_hidden=64,
-                            critic_hidden=128, model_hidden=64, model_lr=1e-3, model_batches=60)
+LAPTOP_SMALL = SMALL | LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128,
+                                     model_hidden=64, model_lr=1e-3, model_batches=60)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
@@ -355,7 +355,7 @@ def train(args: Args) -> float:
         return log
 
     policy = as_policy(actor)
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # the whole run
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:

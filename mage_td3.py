@@ -2,7 +2,7 @@
 
 The actor uses one quantity of its critic only, the action-gradient of Q. So MAGE asks the critic to get this
 right: it imagines a step with a learned, differentiable model, takes the gradient of the TD error by the
-action, through reward, model, target actor and target critics, and minimises its norm beside the error itself.
+action, through reward, model, target actor and target critics, and minimises its norm beside the error.
 Read dyna_td3.py first; new are `with_action_gradient`, `mage_loss` (Eq. 5-8, 13, Algorithm 2) and `--lam`.
 Letters and shapes as there; lambda is lam. MAGE-DDPG (B.1): --num-critics 1 --policy-delay 1 --target-noise 0
 
@@ -84,8 +84,8 @@ SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden
              reward_hidden=128, reward_layers=1)
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256,
               model_hidden=256)
-LAPTOP_SMALL = SMALL | dict(total_timesteps=3000, eval_every=250, batch_size=256, lr=1e-3, actor_hidden=64,
-                            critic_hidden=128, model_hidden=64, model_lr=1e-3, model_batches=60)
+LAPTOP_SMALL = SMALL | LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128,
+                                     model_hidden=64, model_lr=1e-3, model_batches=60)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
@@ -246,8 +246,8 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
 
 
 def with_action_gradient(f, action, create_graph=False):
-    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone, so the gradient
-    of the sum is every row's own. create_graph: it can be differentiated again, by the parameters of f."""
+    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone, so that the
+    sum's gradient is every row's own. create_graph: it can be differentiated again, by the parameters in f."""
     action = action.detach().requires_grad_()
     out = f(action)
     (gradient,) = torch.autograd.grad(out.sum(), action, create_graph=create_graph)
@@ -371,7 +371,7 @@ def train(args: Args) -> float:
         return log
 
     policy = as_policy(actor)
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # the whole run
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:
