@@ -246,8 +246,8 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
 
 
 def with_action_gradient(f, action, create_graph=False):
-    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone, so that the
-    sum's gradient is every row's own. create_graph: it can be differentiated again, by the parameters in f."""
+    """f(a), (..., B), and its gradient by a, (..., B, da). Row b of f depends on row b of a alone, so
+    the sum's gradient is every row's own. create_graph: it can be differentiated again, by f's parameters."""
     action = action.detach().requires_grad_()
     out = f(action)
     (gradient,) = torch.autograd.grad(out.sum(), action, create_graph=create_graph)

@@ -41,8 +41,8 @@ def prepare(args):
             most = f" and at most {high}" if math.isfinite(high) else ""
             raise BadInput(f"{flag(name)} {value}: give a finite number, at least {low}{most}.")
     if args.batch_size % getattr(args, "ensemble_size", 1):
-        raise BadInput(f"--batch-size {args.batch_size} must be a multiple of --ensemble-size "
-                       f"{args.ensemble_size}: the members share it equally, change one of the two.")  # fmt: skip
+        sizes = f"--batch-size {args.batch_size} is no multiple of --ensemble-size {args.ensemble_size}"
+        raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
     torch.set_num_threads(args.threads)

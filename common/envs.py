@@ -22,13 +22,12 @@ from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
-from common import BadInput
+from common import BadInput, Fault
 
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 RUNNERS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")  # v4 and v5
 
 
-# --- make_env ---
 def make_env(env_id, seed=None, render_mode=None):
     """Make an environment with observations (ds,) float32 and actions (da,) float32 in [-1, 1].
 
@@ -132,8 +131,11 @@ class Resumable(gym.Wrapper):
 
     def step(self, action):
         self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
-        self.obs, *rest = self.env.step(self._actions[-1])
-        return self.obs, *rest
+        self.obs, reward, *rest = self.env.step(self._actions[-1])
+        for name, value in (("observation", self.obs), ("reward", reward)):
+            if not np.isfinite(value).all():
+                raise Fault(f"the {name} of {self.spec.id} is not finite")
+        return self.obs, reward, *rest
 
     def state_dict(self):
         """Plain data (dict, list, str, int, float), so that torch.load(weights_only=True) reads it."""

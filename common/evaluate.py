@@ -30,8 +30,8 @@ def as_policy(actor):
 def evaluate(policy, env_id, episodes=10, seed=0, max_steps=10_000):
     """Runs `episodes` episodes side by side; copy i starts from seed + i, whatever was run before.
 
-    policy: float32 arrays (n, ds) -> (n, da). Each copy contributes its first episode and nothing else: the first
-    n episodes to end would be the short ones. An episode that does not end by itself is cut after max_steps.
+    policy: float32 arrays (n, ds) -> (n, da). Each copy contributes its first episode and nothing else: the
+    first n episodes to end would be the short ones. An endless episode is cut after max_steps.
     Raises Fault for an action that is not finite, which MuJoCo would take for no action, and pay.
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * episodes)
@@ -41,7 +41,7 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=10_000):
         while alive.any() and lengths.max() < max_steps:
             action = policy(obs)
             if not np.isfinite(action).all():
-                raise Fault("the policy gave an action that is not finite during an evaluation")
+                raise Fault("an action of the evaluated policy is not finite")
             obs, reward, terminated, truncated, _ = envs.step(action)
             returns[alive] += reward[alive]
             lengths[alive] += 1

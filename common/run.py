@@ -1,7 +1,7 @@
 """A run: its folder, its log, its progress bar, its checkpoint. Nothing here knows the algorithm.
 
-The folder holds args.json (arguments, versions, device), eval.csv (a line per evaluation), train.csv (means of
-what was recorded since the line before), TensorBoard events, and checkpoint.pt: everything that the run is.
+The folder holds args.json (arguments, versions, device), eval.csv (a line per evaluation), train.csv (means
+of what was recorded since the line before), TensorBoard events and checkpoint.pt: everything that the run is.
 """
 
 import csv
@@ -86,7 +86,7 @@ def append_row(path, row):
 
 def read_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing in it is executed
+        return torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing is executed
     except Exception as error:  # PyTorch raises another type for every kind of damage
         raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
                        "start anew with another --run-dir.") from None  # fmt: skip
@@ -103,7 +103,7 @@ def load_run(run_dir, Args):
 
 # --- the run ------------------------------------------------------------------------------------------------
 class Run:
-    """A context around the training loop. `state` is all that the run is: {name: object with state_dict()}."""
+    """A context around the training loop. `state` is all that a run is: {name: object with state_dict()}."""
 
     def __init__(self, args, script, state, device):
         self.args, self.state, self.device = args, state, device
@@ -141,6 +141,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.save()
+        elif isinstance(error, Fault):
+            error.args = (f"{error} at step {self.step}; {self.folder} keeps the last checkpoint.",)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
@@ -174,13 +176,13 @@ class Run:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def fetch(self, action):
-        """The action as an array, in one transfer with all that was recorded; Fault if any is not finite."""
+        """The action as an array, in one transfer with all that was recorded. Fault if any is not finite."""
         values = torch.cat([action.detach(), *(value[None] for value in self.pending.values())]).cpu().numpy()
         action, recorded = np.split(values, [len(action)])
         self.pending, names = {}, ["the action", *self.pending]
         for name, value in zip(names, [action, *recorded], strict=True):
             if not np.isfinite(value).all():
-                raise Fault(f"{name} is not finite at step {self.step}; the last checkpoint is kept.")
+                raise Fault(f"{name} is not finite")
         for name, value in zip(names[1:], recorded.tolist(), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
         return action
@@ -209,7 +211,8 @@ class Run:
         append_row(self.folder / "eval.csv", row)
         self.writer.add_scalar("eval/return_mean", self.last_return, self.step)
         self.bar.set_postfix_str(f"return {self.last_return:.1f}")
-        tqdm.write(f"step {self.step:>7}   return {self.last_return:9.2f} +- {spread:<8.2f} {row['seconds']} s")
+        mean = f"{self.last_return:9.2f} +- {spread:<8.2f}"
+        tqdm.write(f"step {self.step:>7}   return {mean}   {row['seconds']} s")
 
     # --- checkpoint ---
     def save(self):

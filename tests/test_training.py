@@ -1,0 +1,492 @@
+"""Whole runs of a few dozen steps: what is learned from what, how often, again and again the same."""
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+
+import common.run
+from common import Fault
+from common.args import main
+from common.envs import make_env
+from common.evaluate import evaluate
+from tests.conftest import ROOT, SCRIPTS, Planned, checkpoint, fields, script, tiny, train, words
+
+WITH_MODEL = SCRIPTS[1:]
+NETWORKS = ("actor", "actor_target", "critic", "critic_target", "model", "reward_model")
+
+
+def table(run_dir, name, without=()):
+    rows = list(csv.DictReader((run_dir / f"{name}.csv").open(newline="")))
+    return [{column: value for column, value in row.items() if column not in without} for row in rows]
+
+
+def same(left, right):
+    """Two parts of a checkpoint are equal, bit for bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+    return torch.equal(left, right) if torch.is_tensor(left) else left == right
+
+
+def learned(run_dir):
+    """All of a checkpoint but its clock and its settings."""
+    return {name: part for name, part in checkpoint(run_dir).items() if name not in ("seconds", "args")}
+
+
+def weights(state, network):
+    return {name: value for name, value in state[network].items() if "norm" not in name}
+
+
+def steps_of(state, optimizer):
+    """How many steps an optimiser has made with each of its parameters; all of them agree."""
+    (steps,) = {int(part["step"]) for part in state[optimizer]["state"].values()} or {0}
+    return steps
+
+
+# --- what a run does ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("change", [
+    dict(),
+    dict(learning_starts=21, updates_per_step=3),
+    dict(learning_starts=0, updates_per_step=1, policy_delay=3),
+    dict(learned_reward=True, model_train_every=7, model_batches=3),
+    dict(num_critics=1, policy_delay=1, target_noise=0),
+    dict(lam=0),
+], ids=str)  # fmt: skip
+def test_every_promised_update_happens_and_no_other(name, change, tmp_path):
+    if not set(change) <= set(fields(name)):
+        pytest.skip(f"{name}.py has no such flag")
+    before = checkpoint(train(name, tmp_path / "before", **change | dict(total_timesteps=0)))
+    after = checkpoint(train(name, tmp_path / "after", **change))
+    args = after["args"]
+    critic_steps = (args["total_timesteps"] - args["learning_starts"]) * args["updates_per_step"]
+    steps = dict(critic_opt=critic_steps, actor_opt=critic_steps // args.get("policy_delay", 1))
+    if name in WITH_MODEL:
+        steps["model_opt"] = args["total_timesteps"] // args["model_train_every"] * args["model_batches"]
+        steps["reward_opt"] = steps["model_opt"] if args["learned_reward"] else 0
+    assert {optimizer: steps_of(after, optimizer) for optimizer in steps} == steps
+    for network in set(NETWORKS) & set(after):
+        moves = network != "reward_model" or args["learned_reward"]
+        for part, value in weights(before, network).items():
+            assert torch.equal(value, after[network][part]) != moves, f"{network} {part}"
+            assert torch.isfinite(after[network][part]).all()
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_the_oracle_takes_the_place_of_the_model(name, tmp_path):
+    before = checkpoint(train(name, tmp_path / "before", total_timesteps=0, oracle_dynamics=True))
+    after = checkpoint(train(name, tmp_path / "after", oracle_dynamics=True))
+    assert same(weights(before, "model"), weights(after, "model")) and steps_of(after, "model_opt") == 0
+    assert steps_of(after, "critic_opt") == 80
+    module, reached = script(name), []
+    module.Dynamics.sample, sample = lambda *args: reached.append(1), module.Dynamics.sample
+    try:
+        train(name, tmp_path / "again", oracle_dynamics=True)
+    finally:
+        module.Dynamics.sample = sample
+    assert not reached and same(learned(tmp_path / "again"), learned(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("change", [dict(lam=0), dict(lam=0.05)], ids=str)
+def test_lambda_weighs_the_td_error(change, tmp_path):
+    states = [learned(train("mage_td3", tmp_path / str(i), **c)) for i, c in enumerate((change, {}))]
+    assert not same(states[0]["critic"], states[1]["critic"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_folder_holds_what_is_promised(name, tmp_path):
+    run = train(name, tmp_path / "run", seed=3)
+    assert (run / "eval.csv").read_text().splitlines()[0] == "step,return_mean,return_std,length_mean,seconds"
+    rows = table(run, "eval")
+    assert [row["step"] for row in rows] == ["0", "20", "40", "60"]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert {float(row["length_mean"]) for row in rows} == {200}
+
+    rows = table(run, "train")
+    columns = {"td_loss", "critic_grad", "actor_loss", "actor_grad", "steps_per_second"}
+    columns |= {"model_loss", "model_error", "model_grad"} if name in WITH_MODEL else set()
+    columns |= {"gradient_loss"} if name == "mage_td3" else set()
+    assert list(rows[0])[0] == "step" and columns <= set(rows[0])
+    assert [row["step"] for row in rows] == ["20", "40", "60"]
+    assert all(math.isfinite(float(row[column])) for row in rows[1:] for column in columns)
+    assert rows[0]["td_loss"] == ""  # nothing was learned yet
+
+    described = json.loads((run / "args.json").read_text())
+    args = script(name).Args(**described["args"])
+    assert args.seed == 3 and args.run_dir == str(run) and args.lr == script(name).Args().lr
+    assert {"torch", "gymnasium", "mujoco", "numpy", "python"} <= set(described["versions"])
+    assert described["device"] == "cpu" and "revision" in described and described["script"].endswith(f"{name}.py")
+    assert dataclasses.asdict(args) == checkpoint(run)["args"]
+    (events,) = run.glob("events.out.tfevents.*")
+    assert b"eval/return_mean" in events.read_bytes() and b"train/td_loss" in events.read_bytes()
+    assert not list(run.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_training_returns_the_last_return(name, tmp_path):
+    module = script(name)
+    result = module.train(module.Args(**dict(checkpoint(train(name, tmp_path / "a"))["args"],
+                                             run_dir=str(tmp_path / "b"))))  # fmt: skip
+    assert f"{result:.4f}" == table(tmp_path / "b", "eval")[-1]["return_mean"]
+
+
+# --- the same again -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_seed_is_one_run(name, tmp_path):
+    one, two, other = (train(name, tmp_path / run, seed=len(run)) for run in ("a", "b", "cc"))
+    assert table(one, "eval", ["seconds"]) == table(two, "eval", ["seconds"])
+    assert same(learned(one), learned(two))
+    assert table(one, "eval", ["seconds"]) != table(other, "eval", ["seconds"])
+    assert not same(weights(learned(one), "actor"), weights(learned(other), "actor"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluation_leaves_training_alone(name, tmp_path):
+    one, two = (learned(train(name, tmp_path / str(n), eval_every=n, eval_episodes=n)) for n in (2, 30))
+    assert one.pop("last_return") != two.pop("last_return")  # of 2 episodes, of 30
+    assert same({k: v for k, v in one.items() if k != "args"}, {k: v for k, v in two.items() if k != "args"})
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "ContinuousCartPole-v1"])
+@pytest.mark.parametrize("way", ["ends", "is told to stop"])
+def test_a_run_that_stops_and_goes_on_is_the_same_run(name, env_id, way, tmp_path, monkeypatch):
+    whole, parts = train(name, tmp_path / "whole", env_id=env_id), tmp_path / "parts"
+    if way == "ends":
+        train(name, parts, env_id=env_id, total_timesteps=35)
+    else:
+        step = common.run.Run.fetch
+
+        def fetch(run, action):
+            if run.step == 35:
+                signal.raise_signal(signal.SIGTERM)
+            return step(run, action)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(common.run.Run, "fetch", fetch)
+            train(name, parts, env_id=env_id)
+        assert stop.value.code == 128 + signal.SIGTERM
+    assert checkpoint(parts)["step"] == 35
+    train(name, parts, env_id=env_id, resume=True)
+    assert table(parts, "eval", ["seconds"]) == table(whole, "eval", ["seconds"])
+    assert table(parts, "train", ["steps_per_second"]) == table(whole, "train", ["steps_per_second"])
+    assert same(learned(parts), learned(whole))
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    """What was logged after the checkpoint is dropped: it happens again."""
+    whole, parts = train("td3", tmp_path / "whole"), tmp_path / "parts"
+    train("td3", parts, total_timesteps=35)
+    state = (parts / "checkpoint.pt").read_bytes()
+    train("td3", parts, total_timesteps=50, resume=True)
+    (parts / "checkpoint.pt").write_bytes(state)
+    assert [row["step"] for row in table(parts, "eval")] == ["0", "20", "40"]
+    train("td3", parts, resume=True)
+    assert table(parts, "eval", ["seconds"]) == table(whole, "eval", ["seconds"])
+    assert table(parts, "train", ["steps_per_second"]) == table(whole, "train", ["steps_per_second"])
+    assert same(learned(parts), learned(whole))
+
+
+# --- transitions --------------------------------------------------------------------------------------------
+def plan(steps):
+    """The first rows (s, r, s', terminated) that Planned gives, and which of them are truncated."""
+    rows, truncated = [], []
+    for episode in range(steps):
+        length, end = Planned.PLAN[episode % len(Planned.PLAN)]
+        for step in range(length):
+            last = step == length - 1
+            rows.append((episode, step, 1 + 10 * episode + step, episode, step + 1,
+                         last and end in ("terminated", "both")))  # fmt: skip
+            truncated.append(last and end in ("truncated", "both"))
+    return torch.tensor(rows[:steps], dtype=torch.float32), torch.tensor(truncated[:steps])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_buffer_stores_what_happened(name, planned, tmp_path):
+    """The last observation of an episode is its own, not that of the reset; truncated is not terminated."""
+    state = checkpoint(train(name, tmp_path / "run", env_id=planned))
+    rows, truncated = plan(60)
+    stored = state["buffer"]["rows"]
+    assert torch.equal(torch.cat([stored[:, :2], stored[:, 4:]], 1), rows)
+    terminated = rows[:, -1] > 0
+    assert (terminated & truncated).any() and (terminated & ~truncated).any() and (truncated & ~terminated).any()
+    assert torch.allclose(state["actor"]["obs_norm.mean"], rows[:, :2].mean(0), rtol=1e-5)
+    if name in WITH_MODEL:
+        assert torch.allclose(state["model"]["delta_norm.mean"], torch.tensor([0.0, 1.0]))
+        assert torch.allclose(state["model"]["action_norm.mean"], stored[:, 2:4].mean(0), atol=1e-5)
+
+
+def test_truncation_bootstraps_and_termination_does_not(planned, tmp_path, monkeypatch):
+    td3, seen = script("td3"), []
+
+    def spy(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
+        y = td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma)
+        next_action = (actor_target(next_obs) + noise).clamp(-1, 1)
+        q = critic_target(next_obs, next_action).amin(0)
+        assert gamma == 0.999
+        seen.extend(zip(reward.tolist(), next_obs.tolist(), terminated.tolist(), y.tolist(), q.tolist(),
+                        strict=True))  # fmt: skip
+        return y
+
+    td_target = td3.td_target
+    monkeypatch.setattr(td3, "td_target", spy)
+    train("td3", tmp_path / "run", env_id=planned, gamma=0.999, lr=0.01)
+    rows, truncated = plan(60)
+    ends = {tuple(row[3:5].tolist()): (row[5] > 0, end) for row, end in zip(rows, truncated, strict=True)}
+    cut = 0
+    for reward, next_obs, terminated, y, q in seen:
+        is_terminated, is_truncated = ends[tuple(next_obs)]
+        assert terminated == is_terminated and abs(q) > 1e-6
+        assert y == pytest.approx(reward if is_terminated else reward + 0.999 * q, rel=1e-5)
+        cut += bool(is_truncated and not is_terminated)
+    assert cut > 20
+
+
+# --- noise --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_warm_up_actions_are_uniform_and_independent(name, planned, tmp_path):
+    changes = dict(total_timesteps=600, learning_starts=600, buffer_size=600, eval_every=600)
+    changes |= dict(model_train_every=10**6) if name in WITH_MODEL else {}
+    actions = checkpoint(train(name, tmp_path / "run", env_id=planned, **changes))["buffer"]["rows"][:, 2:4]
+    assert actions.abs().max() <= 1
+    for column in actions.T:
+        tenths = torch.histc(column, 10, -1, 1)
+        assert ((tenths - 60) ** 2 / 60).sum() < 27.9  # chi square, 9 degrees of freedom, p = 0.001
+    assert abs(torch.corrcoef(actions.T)[0, 1]) < 0.13  # 3.3 standard deviations
+    assert abs(torch.corrcoef(torch.stack([actions[1:, 0], actions[:-1, 0]]))[0, 1]) < 0.13
+
+
+class Constant(torch.nn.Module):
+    def forward(self, obs):
+        return torch.tensor([0.0, 0.9, -0.2]).expand(len(obs), 3)
+
+
+TD3_FAMILY = [name for name in SCRIPTS if "exploration_noise" in fields(name)]
+
+
+@pytest.mark.parametrize("name", TD3_FAMILY)
+def test_exploration_noise_is_centred_and_independent_in_each_dimension(name):
+    torch.manual_seed(0)
+    explore, obs = script(name).explore, torch.zeros(5)
+    actions = torch.stack([explore(Constant(), obs, 0.1) for _ in range(4000)])
+    assert actions.shape == (4000, 3) and actions.max() == 1  # clipped
+    noise = actions[:, [0, 2]] - torch.tensor([0.0, -0.2])
+    assert (noise.mean(0).abs() < 4 * 0.1 / 4000**0.5).all()
+    assert (noise.std(0) - 0.1).abs().max() < 0.005
+    assert abs(torch.corrcoef(noise.T)[0, 1]) < 0.06
+    assert torch.equal(explore(Constant(), obs, 0.0), Constant()(obs[None])[0])
+
+
+@pytest.mark.parametrize("name", TD3_FAMILY)
+@pytest.mark.parametrize("target_noise", [0.2, 0])
+def test_target_noise_is_clipped_and_independent(name, target_noise, planned, tmp_path, monkeypatch):
+    module, seen = script(name), []
+    td_target = module.td_target
+
+    def spy(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
+        seen.append(noise)
+        return td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma)
+
+    monkeypatch.setattr(module, "td_target", spy)
+    train(name, tmp_path / "run", env_id=planned, target_noise=target_noise, noise_clip=0.3)
+    noise = torch.cat(seen)
+    assert noise.shape == (80 * 8, 2)
+    if target_noise == 0:
+        assert not noise.any()
+        return
+    assert noise.min() == -torch.tensor(0.3) and noise.max() == torch.tensor(0.3)
+    assert 0.08 < (noise.abs() == torch.tensor(0.3)).float().mean() < 0.19  # 0.134 lie beyond 1.5 deviations
+    assert noise.mean().abs() < 0.03 and abs(torch.corrcoef(noise.T)[0, 1]) < 0.13
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+class Faulty(gym.Env):
+    """Episodes of 4 steps for an evaluation; for training one long episode with a fault at the given step."""
+
+    def __init__(self, part, value, at):
+        self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = Box(-1, 1, (2,), np.float32)
+        self.part, self.value, self.at = part, value, at
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward = self.np_random.normal(size=2).astype(np.float32), 1.0
+        if self.steps == self.at:
+            obs[1] = self.value if self.part == "observation" else obs[1]
+            reward = self.value if self.part == "reward" else reward
+        return obs, reward, self.at is None and self.steps == 4, False, {}
+
+
+def faulty(part, value, at):
+    """Makes the training environment first, then those of the evaluations, which have no fault."""
+    steps = iter([at])
+    return lambda: Faulty(part, value, next(steps, None))
+
+
+def fault_of(name, argv, monkeypatch, capsys):
+    """The sentence with which a script ends at a fault."""
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        main(module.train, module.Args, module.PRESETS)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.startswith("error: ") and line.endswith("."), line
+    return line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("part, value", [("reward", np.nan), ("reward", np.inf), ("observation", np.nan)])
+@pytest.mark.parametrize("at", [7, 27])
+def test_an_environment_that_goes_wrong_ends_the_run(name, part, value, at, register, tmp_path, monkeypatch, capsys):
+    """In the warm-up too, at that very step; whatever was saved before is still there."""
+    env_id, run = register(faulty(part, value, at)), tmp_path / "run"
+    argv = tiny(name, env_id=env_id, run_dir=run, checkpoint_every=0)
+    message = fault_of(name, argv, monkeypatch, capsys)
+    assert part in message and f"step {at}" in message
+    assert checkpoint(run)["step"] == at - 1 and torch.isfinite(checkpoint(run)["buffer"]["rows"]).all()
+    assert [row["step"] for row in table(run, "eval")] == [str(step) for step in range(0, at, 20)]
+
+
+def poison(run, network):
+    """Puts a NaN into one weight of a network in a checkpoint."""
+    state = checkpoint(run)
+    state[network]["net.0.weight"][-1, 0, 0] = math.nan
+    torch.save(state, run / "checkpoint.pt")
+    return (run / "checkpoint.pt").read_bytes()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("network", ["actor", "actor_target", "critic", "critic_target", "model"])
+@pytest.mark.parametrize("eval_every", [1, 20])
+def test_a_network_that_goes_wrong_ends_the_run(name, network, eval_every, planned, tmp_path, monkeypatch, capsys):
+    """Within a step; one member of the ensemble is enough. The last checkpoint stays."""
+    run = train(name, tmp_path / "run", env_id=planned, total_timesteps=35, eval_every=eval_every)
+    if network not in checkpoint(run):
+        pytest.skip(f"{name}.py has no {network}")
+    before = poison(run, network)
+    argv = tiny(name, env_id=planned, run_dir=run, resume=True, eval_every=eval_every)
+    message = fault_of(name, argv, monkeypatch, capsys)
+    assert "not finite" in message and ("step 36" in message or "step 37" in message), message
+    assert any(part in message for part in ("action", "loss", "grad"))
+    assert (run / "checkpoint.pt").read_bytes() == before
+    assert all(math.isfinite(float(row["return_mean"])) for row in table(run, "eval"))
+
+
+# --- evaluation and policies --------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_policy_is_the_actor_with_its_normaliser(name, tmp_path):
+    """Written out with NumPy: normalise, two hidden layers with swish, tanh."""
+    state = checkpoint(train(name, tmp_path / "run", lr=0.01))["actor"]
+    policy = script(name).load_policy(tmp_path / "run")
+    obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    x = (obs - state["obs_norm.mean"].numpy()) / state["obs_norm.std"].numpy()
+    for layer in (0, 2):
+        x = x @ state[f"net.{layer}.weight"][0].numpy() + state[f"net.{layer}.bias"][0].numpy()
+        x = x / (1 + np.exp(-x))
+    wanted = np.tanh(x @ state["net.4.weight"][0].numpy() + state["net.4.bias"][0].numpy())[:, :1]
+    action = policy(obs)
+    assert action.dtype == np.float32 and action.shape == (7, 1) and abs(action).max() <= 1
+    np.testing.assert_allclose(action, wanted, atol=1e-5)
+    assert action.std() > 1e-3 and np.array_equal(policy(obs), action)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loaded_policy_scores_what_its_run_logged(name, tmp_path):
+    run = train(name, tmp_path / "run", seed=5, eval_episodes=3)
+    result = evaluate(script(name).load_policy(run), "Pendulum-v1", 3, seed=common.run.EVAL_SEED + 5)
+    assert f"{result.returns.mean():.4f}" == table(run, "eval")[-1]["return_mean"]
+
+
+def push(obs):
+    """A policy without matrix products: the same for one row and for many."""
+    return np.clip(3 * obs[:, -1:] + obs[:, :1], -1, 1).repeat(3, 1)
+
+
+@pytest.mark.parametrize("env_id, columns", [("Hopper-v4", 3), ("Pendulum-v1", 1), ("ContinuousCartPole-v1", 1)])
+def test_evaluation_is_the_serial_loop(env_id, columns):
+    def policy(obs):
+        return push(obs)[:, :columns]
+
+    returns, lengths = [], []
+    for episode in range(5):
+        env = make_env(env_id)
+        obs, done = env.reset(seed=40 + episode)[0], False
+        rewards = []
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(policy(obs[None])[0])
+            rewards.append(reward)
+            done = terminated or truncated
+        returns.append(sum(rewards))
+        lengths.append(len(rewards))
+    result = evaluate(policy, env_id, 5, seed=40)
+    np.testing.assert_allclose(result.returns, returns, rtol=1e-12)
+    assert result.lengths.tolist() == lengths
+    assert len(set(lengths)) > 1 or env_id == "Pendulum-v1"
+
+
+def test_evaluation_has_no_memory_and_no_randomness_of_its_own():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    one, two = (evaluate(lambda obs: push(obs)[:, :1], "Pendulum-v1", 4, seed=1) for _ in range(2))
+    assert np.array_equal(one.returns, two.returns) and len(set(one.returns)) == 4
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+    other = evaluate(lambda obs: push(obs)[:, :1], "Pendulum-v1", 4, seed=2)
+    assert np.array_equal(other.returns[:3], one.returns[1:])
+
+
+def test_an_episode_that_never_ends_is_cut(register):
+    env_id = register(lambda: Faulty(None, None, 0))
+    result = evaluate(lambda obs: obs, env_id, 2, max_steps=37)
+    assert result.lengths.tolist() == [37, 37] and result.returns.tolist() == [37.0, 37.0]
+
+
+def test_a_policy_that_is_not_finite_does_not_score():
+    """MuJoCo takes NaN for no action, and pays InvertedPendulum for every step."""
+    with pytest.raises(Fault):
+        evaluate(lambda obs: np.full((len(obs), 1), np.nan, np.float32), "InvertedPendulum-v4", 2)
+
+
+def test_a_reward_that_is_not_finite_is_no_score(register):
+    env_id = register(lambda: Faulty("reward", np.nan, 3))
+    with pytest.raises(Fault):
+        evaluate(lambda obs: obs, env_id, 2, max_steps=10)
+
+
+# --- whole scripts ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_copied_out(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, f"{name}.py", *tiny(name, total_timesteps=30)]
+    run = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    state = checkpoint(tmp_path / f"runs/Pendulum-v1/{name}/seed-0")
+    assert state["step"] == 30 and steps_of(state, "critic_opt") == 20
+
+
+def test_mage_learns_to_swing_up_a_pendulum_in_1000_steps(tmp_path):
+    """About -110 at the end, as good as it gets; untrained -1400, with a broken critic below -800."""
+    mage = script("mage_td3")
+    chosen = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1000, run_dir=tmp_path / "run")
+    assert mage.train(common.args.parse_args(mage.Args, mage.PRESETS, words(chosen))) >= -400
+    returns = [float(row["return_mean"]) for row in table(Path(tmp_path / "run"), "eval")]
+    assert len(returns) == 5 and returns[0] < -800
