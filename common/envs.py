@@ -1,8 +1,8 @@
 """Environments whose reward and termination are exact functions of (obs, action, next_obs).
 
 `make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `Resumable` lets a training
-run stop and go on in mid-episode. The rest are environments that Gymnasium does not give us: Pusher-v4 on
-today's MuJoCo, a cart-pole with a continuous force, and four tasks of Wang et al. 2019.
+run stop and go on in mid-episode. The rest are environments that Gymnasium does not give us: a cart-pole with
+a continuous force, a double integrator, four tasks of Wang et al. 2019, and Pusher-v4 (common/pusher.py).
 """
 
 import os
@@ -16,7 +16,6 @@ from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
-from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box
 from gymnasium.utils import seeding
@@ -153,40 +152,6 @@ class Resumable(gym.Wrapper):
 
 
 # --- environments of our own ---
-class PusherV4(PusherEnv):
-    """Pusher-v4 as MuJoCo 2.3.7 simulated it, on MuJoCo 3 and later, where Gymnasium refuses to make it.
-
-    The object weighs 1e-8 kg; its inertia is the armature (0.04) of its two slide joints. `body_invweight0`
-    sets how hard a contact pushes, and since 3.0 MuJoCo leaves armature out of it for bodies that only slide:
-    76 million here in place of 17, contacts so soft that the arm sinks through the object. (Pusher-v5's
-    heavier object leaves it 7,600 times too soft.) Three later changes also reach this model: a new routine
-    for convex collisions (3.3), several contacts per collision (3.8), and the margins of two geoms adding up
-    where the larger one used to count (3.5). All four are undone once the model is loaded.
-
-    As in v4, the reward is that of the state before the physics step, and info["reward_ctrl"] is unweighted.
-    """
-
-    def __init__(self, xml_file="pusher.xml", *args, **kwargs):  # positional, as unpickling passes it back
-        super().__init__(xml_file, *args, **kwargs)
-
-    def _initialize_simulation(self):
-        model, data = super()._initialize_simulation()
-        for body in (model.body("object"), model.body("goal")):
-            inertia = model.dof_armature[body.dofadr[0]] + body.mass[0]
-            body.invweight0[:] = (2 / 3 / inertia, 0)  # a mean over three axes, one of which is fixed
-        for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # each is absent before its change
-            model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
-        if MUJOCO_VERSION >= (3, 5):
-            model.geom_margin[:] /= 2  # all geoms of this model have the same one
-        return model, data
-
-    def step(self, action):
-        reward, parts = self._get_rew(action)
-        obs, *_ = super().step(action)
-        parts = {"reward_dist": parts["reward_dist"], "reward_ctrl": -np.square(action).sum()}
-        return obs, reward, False, False, parts
-
-
 class ContinuousCartPole(CartPoleEnv):
     """Gymnasium's cart-pole (its constants, Euler steps and limits) with a force of 10 N times the action.
 
@@ -201,6 +166,31 @@ class ContinuousCartPole(CartPoleEnv):
         self.force_mag = 10.0 * float(action[0])  # and "to the right", which to Gymnasium's cart-pole is 1
         obs, _, terminated, truncated, info = super().step(np.ones(1, np.float32))
         return obs, 1.0, terminated, truncated, info
+
+
+class DoubleIntegrator(gym.Env):
+    """A point mass on a line, for exact answers: linear dynamics and quadratic cost (MAAC, section 5.2).
+
+    Observation: position in m, velocity in m/s, each uniform in [-1, 1] at the start. The action is the
+    acceleration in m/s^2 over DT = 0.05 s. Before the step it pays -(position^2 + velocity^2 + action^2) / 2.
+    """
+
+    DT = 0.05
+
+    def __init__(self):
+        self.observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 2)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        a = float(action[0])
+        reward = -0.5 * (np.square(self.state).sum() + a**2)
+        self.state = self.state + self.DT * np.array([self.state[1], a])
+        return self.state.copy(), reward, False, False, {}
 
 
 class Wang2019:
@@ -243,8 +233,9 @@ class WangWalker2d(Wang2019, Walker2dEnv):
 
 # Entry points are strings, which worker processes can import.
 gym.register("ContinuousCartPole-v1", "common.envs:ContinuousCartPole", max_episode_steps=500)
+gym.register("DoubleIntegrator-v1", "common.envs:DoubleIntegrator", max_episode_steps=200)
 for _robot in ("HalfCheetah", "Ant", "Hopper", "Walker2d"):
     gym.register(f"mbbl/{_robot}-v0", f"common.envs:Wang{_robot}", max_episode_steps=1000)
 if MUJOCO_VERSION >= (3, 0):
     gym.registry.pop("Pusher-v4", None)  # registering over it would warn
-    gym.register("Pusher-v4", "common.envs:PusherV4", max_episode_steps=100)
+    gym.register("Pusher-v4", "common.pusher:PusherV4", max_episode_steps=100)

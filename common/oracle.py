@@ -31,4 +31,22 @@ def pendulum(obs, action):
     return torch.stack([torch.cos(theta), torch.sin(theta), speed], dim=-1)
 
 
-DYNAMICS = {"Pendulum-v1": pendulum}
+def double_integrator(obs, action):
+    """Position and velocity after DT = 0.05 s of acceleration `action`: s' = A s + B a, exactly."""
+    return obs + 0.05 * torch.stack([obs[..., 1], action[..., 0]], dim=-1)
+
+
+def double_integrator_cost(gain, gamma):
+    """P (2, 2) of the exact value -s'Ps / 2 of the linear policy a = gain . s in the double integrator.
+
+    gain is (2,). P = I + gain' gain + gamma (A + B gain)' P (A + B gain) is solved as one linear system, which
+    can be differentiated by gain. The action value is Q(s, a) = r(s, a) - gamma s''P s' / 2, s' = A s + B a.
+    """
+    a = torch.tensor([[1.0, 0.05], [0.0, 1.0]], dtype=gain.dtype)
+    closed = a + torch.tensor([[0.0], [0.05]], dtype=gain.dtype) * gain  # (2, 2)
+    cost = torch.eye(2, dtype=gain.dtype) + torch.outer(gain, gain)
+    system = torch.eye(4, dtype=gain.dtype) - gamma * torch.kron(closed.T, closed.T)
+    return torch.linalg.solve(system, cost.flatten()).view(2, 2)
+
+
+DYNAMICS = {"Pendulum-v1": pendulum, "DoubleIntegrator-v1": double_integrator}

@@ -200,8 +200,12 @@ def wang_ant(obs, action, next_obs):
     return obs[..., 13] - 0.1 * square(action) - 3 * (obs[..., 0] - 0.57).pow(2) + 1
 
 
+def double_integrator(obs, action, next_obs):
+    return -0.5 * (square(obs) + square(action))
+
+
 REWARDS = {
-    "Pendulum-v1": pendulum, "ContinuousCartPole-v1": one,
+    "Pendulum-v1": pendulum, "ContinuousCartPole-v1": one, "DoubleIntegrator-v1": double_integrator,
     "HalfCheetah-v4": half_cheetah, "HalfCheetah-v5": half_cheetah,
     "Hopper-v4": hopper_v4, "Hopper-v5": hopper_v5,
     "Walker2d-v4": hopper_v4, "Walker2d-v5": walker_v5,

@@ -1,6 +1,6 @@
 """The MAGE critic loss written down as it reads, for comparison: slow, and nothing clever.
 
-Every member of the ensemble predicts every row and all but one of the predictions are thrown away; the whole TD error
+Every member of the ensemble predicts every row, and all predictions but one are thrown away; the whole TD error
 is kept in the graph; its action-gradient is taken with create_graph=True, once for each critic.
 """
 
@@ -12,7 +12,7 @@ def mage_terms(critic, actor_target, critic_target, model, reward_of, terminated
                obs, action, member, model_noise, target_noise, gamma):  # fmt: skip
     """The two terms of Eq. 8, Huber as in the authors' code.
 
-    obs, model_noise (B, ds), action, target_noise (B, da), member (B,): which member of the ensemble takes row b.
+    obs, model_noise (B, ds), action, target_noise (B, da); member (B,) says which member takes a row.
     """
     action = action.detach().clone().requires_grad_()
     mean, logvar = model(obs.expand(model.members, -1, -1), action.expand(model.members, -1, -1))

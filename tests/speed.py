@@ -1,7 +1,7 @@
 """What an update costs on this machine: python -m tests.speed [--quick] [--threads N]
 
-Everything runs in turns in one process and the median of the turns is shown, so that ratios hold on a busy machine.
-Sizes are the paper's: batch 1024, 8 members of 4 x 512, two critics and an actor of 2 x 384, HalfCheetah's dimensions.
+Everything runs in turns in one process and the median is shown, so that ratios hold on a busy machine. Sizes
+are the paper's: batch 1024, 8 members of 4 x 512, critics and actor of 2 x 384, HalfCheetah's dimensions.
 """
 
 import argparse
@@ -62,8 +62,9 @@ def dyna(n):
 def transcription(n):
     """The naive loss, an ordinary backward pass through everything, and one small update per parameter."""
     obs, action, model_noise, target_noise = n.draw()
-    terms = naive.mage_terms(n.critic, n.actor_target, n.critic_target, n.model, REWARD, TERMINATED,
-                             obs, action, torch.randint(K, (B,)), model_noise, target_noise, GAMMA)  # fmt: skip
+    nets = (n.critic, n.actor_target, n.critic_target, n.model)
+    draws = (obs, action, torch.randint(K, (B,)), model_noise, target_noise)
+    terms = naive.mage_terms(*nets, REWARD, TERMINATED, *draws, GAMMA)
     n.critic_opt.zero_grad()
     (terms[0] + 0.2 * terms[1]).backward()
     torch.nn.utils.clip_grad_value_(n.critic.parameters(), 5.0)
@@ -100,14 +101,19 @@ def measure(jobs, turns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a third of the turns")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    jobs = {"MAGE critic update, naive transcription": transcription, "MAGE critic update": mage,
-            "Dyna-TD3 critic update": dyna, "actor update": actor, "model batch (8 x 256)": model}  # fmt: skip
+    jobs = {
+        "MAGE critic update, naive transcription": transcription,
+        "MAGE critic update": mage,
+        "Dyna-TD3 critic update": dyna,
+        "actor update": actor,
+        "model batch (8 x 256)": model,
+    }
     seconds = measure(jobs, 3 if args.quick else 9)
     print(f"torch {torch.__version__}, {args.threads} thread(s), median of {3 if args.quick else 9} turns\n")
     for name, value in seconds.items():

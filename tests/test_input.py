@@ -191,13 +191,21 @@ def test_a_run_is_resumed_with_its_own_settings(name, refused):
         refused(name, tiny(name, run_dir="run", resume=True, **change), "--resume", flag(field))
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "half", "folder"])
+@pytest.mark.parametrize("name, other", list(itertools.permutations(SCRIPTS, 2)))
+def test_a_run_is_resumed_by_its_own_script(name, other, refused):
+    train(name, "run", total_timesteps=0)
+    refused(other, tiny(other, run_dir="run", resume=True), "--resume")
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "folder", "other"])
 def test_a_damaged_checkpoint_is_refused(damage, refused):
     path = train("td3", "run", total_timesteps=0) / "checkpoint.pt"
     whole = path.read_bytes()
     path.unlink()
     if damage == "folder":
         path.mkdir()
+    elif damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
     else:
         path.write_bytes({"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2]}[damage])
     refused("td3", tiny("td3", run_dir="run", resume=True), "checkpoint.pt", "--run-dir")

@@ -1,4 +1,4 @@
-"""Every equation against something written down differently, in float64: a transcription, Jacobians, differences."""
+"""Every equation against something written down differently, in float64: a transcription, Jacobians, sums."""
 
 import copy
 
@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch.func import grad, jacrev, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyna_td3
 import mage_td3
 import td3
 from common.envs import make_env
+from common.oracle import dynamics_fn
 from common.rewards import reward_fn, termination_fn
 from tests import naive
 
@@ -95,7 +97,7 @@ def test_some_of_the_imagined_states_are_terminal_and_some_are_not():
 
 
 def test_action_gradient_is_equation_13_from_explicit_jacobians(setting):
-    """d delta/da = dr/da + ds'/da (dr/ds' + gamma (1 - done) (dQ/ds' + dpi/ds' dQ/da')) - dQ/da, Q the smaller one."""
+    """d delta/da = dr/da + ds'/da (dr/ds' + gamma (1 - done) (dQ/ds' + dpi/ds' dQ/da')) - dQ/da."""
     s = setting
 
     def one_row(obs, action, model_noise, target_noise, member):
@@ -225,6 +227,28 @@ def test_learned_reward_sees_all_three_of_its_inputs(setting):
         assert (gradient.abs().sum(1) > 0).all()
 
 
+def test_a_model_that_is_the_truth_rolls_out_like_the_simulator():
+    """The oracle in the place of an ensemble of one: normalising and back, shares, change of the observation."""
+    truth, env = dynamics_fn("Pendulum-v1"), make_env("Pendulum-v1", seed=3)
+
+    class Truth(dyna_td3.Dynamics):
+        def forward(self, obs, action):
+            return self.delta_norm(truth(obs, action) - obs), torch.full_like(obs, -200.0)
+
+    model = Truth(td3.Normaliser(3), 1, 4, 1, 1)
+    obs, _ = env.reset()
+    for _ in range(200):
+        model.delta_norm.update(np.random.default_rng(0).normal([0.1, 0, -3], [1, 2, 0.5]))
+        model.delta_norm.update(obs)
+    imagined = torch.tensor(obs[None]).double()
+    model.double()
+    for t in range(200):
+        action = np.array([np.sin(t / 7)], np.float32)
+        imagined = model.sample(imagined, torch.tensor(action[None]).double(), torch.randn(1, 3).double())
+        obs, *_ = env.step(action)
+        np.testing.assert_allclose(imagined[0], obs, atol=2e-4)
+
+
 # --- networks -----------------------------------------------------------------------------------------------
 def test_a_stack_of_networks_is_as_many_networks():
     torch.manual_seed(0)
@@ -232,7 +256,8 @@ def test_a_stack_of_networks_is_as_many_networks():
     for k in range(3):
         h = x[k]
         for layer in stack:
-            h = torch.nn.functional.silu(h) if isinstance(layer, torch.nn.SiLU) else h @ layer.weight[k] + layer.bias[k]
+            linear = isinstance(layer, td3.EnsembleLinear)
+            h = h @ layer.weight[k] + layer.bias[k] if linear else h * torch.sigmoid(h)
         torch.testing.assert_close(stack(x)[k], h)
     first = stack[0].weight
     assert not torch.equal(first[0], first[1]) and first.abs().max() <= np.sqrt(6 / (5 + 7))  # Xavier, each its own
@@ -241,8 +266,8 @@ def test_a_stack_of_networks_is_as_many_networks():
 def test_critics_take_one_action_or_one_for_each_of_them(setting):
     s = setting
     other = torch.stack([s.action, -s.action])
-    assert_same([s.critic(s.obs, other)[0], s.critic(s.obs, other)[1]],
-                [s.critic(s.obs, s.action)[0], s.critic(s.obs, -s.action)[1]])  # fmt: skip
+    expected = torch.stack([s.critic(s.obs, s.action)[0], s.critic(s.obs, -s.action)[1]])
+    assert_same([s.critic(s.obs, other)], [expected])
 
 
 def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
@@ -256,6 +281,25 @@ def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
     np.testing.assert_allclose(norm(x)[:, 0], (x[:, 0] - norm.mean[0]) / norm.std[0])
     assert (norm(x)[:, 2:].abs() < 1e-6).all()  # hardly varied: shifted only, not blown up
     assert (norm.inverse(torch.randn(5, 4))[:, 2] == norm.mean[2]).all()
+
+
+def test_sampling_and_losses_never_wait_for_the_device(setting):
+    """Reading a number from a tensor is the operation _local_scalar_dense: on a GPU it would stop the queue."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    s, buffer = setting, td3.ReplayBuffer(8, 2, 1, "cpu")
+    fill(buffer, 5)
+    with NoReading():
+        buffer.sample(100)
+        sum(mage_td3.mage_loss(s.critic, s.step_target, s.obs, s.action)).backward()
+        mage_td3.polyak(s.critic_target, s.critic, 0.1)
+        s.obs_norm.update(s.obs[0])
+        with pytest.raises(AssertionError):
+            s.obs.sum().item()
 
 
 # --- buffer and optimisation --------------------------------------------------------------------------------

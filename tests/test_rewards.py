@@ -8,7 +8,7 @@ import torch
 
 from common import BadInput
 from common.envs import make_env
-from common.oracle import dynamics_fn
+from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import REWARDS, TERMINATIONS, reward_fn, termination_fn
 
 torch.set_num_threads(1)
@@ -226,3 +226,19 @@ def test_oracle_gradients_match_finite_differences():
     check_gradient(discounted_return, [obs, 2 * torch.rand(32, 20, generator=noise, dtype=obs.dtype) - 1])
     zero = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)  # an angle that is not one
     assert torch.isfinite(torch.autograd.grad(step(zero, zero[:, :1]).sum(), zero)[0]).all()
+
+
+def test_the_exact_cost_of_the_double_integrator_is_that_of_its_simulation():
+    gain, gamma = torch.tensor([-0.6, -0.8], dtype=torch.float64, requires_grad=True), 0.9
+    reward, step = reward_fn("DoubleIntegrator-v1"), dynamics_fn("DoubleIntegrator-v1")
+    start = obs = torch.randn(5, 2, dtype=torch.float64)
+    value = 0.0
+    for t in range(400):
+        action = obs @ gain[:, None]
+        value = value + gamma**t * reward(obs, action, None)
+        obs = step(obs, action)
+    cost = double_integrator_cost(gain, gamma)
+    exact = -0.5 * (start @ cost * start).sum(-1)
+    torch.testing.assert_close(exact, value)
+    ours, simulated = (torch.autograd.grad(x.sum(), gain)[0] for x in (exact, value))
+    torch.testing.assert_close(ours, simulated)
