@@ -66,7 +66,7 @@ class Args:
 
 SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128)
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
-LAPTOP_SMALL = SMALL | LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
+LAPTOP_SMALL = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},

@@ -39,7 +39,7 @@ def double_integrator(obs, action):
 def double_integrator_cost(gain, gamma):
     """P (2, 2) of the exact value -s'Ps / 2 of the linear policy a = gain . s in the double integrator.
 
-    gain is (2,). P = I + gain' gain + gamma (A + B gain)' P (A + B gain) is solved as one linear system, which
+    gain is (2,). P = I + gain' gain + gamma (A + B gain)' P (A + B gain) is solved as one linear system, that
     can be differentiated by gain. The action value is Q(s, a) = r(s, a) - gamma s''P s' / 2, s' = A s + B a.
     """
     a = torch.tensor([[1.0, 0.05], [0.0, 1.0]], dtype=gain.dtype)

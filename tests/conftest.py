@@ -13,6 +13,7 @@ from gymnasium.spaces import Box
 from common.args import flag, parse_args
 from common.rewards import REWARDS, TERMINATIONS
 
+torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["td3", "dyna_td3", "mage_td3", "maac_sac"]  # lowest rung first
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from common.evaluate import evaluate
 from tests.conftest import ROOT, SCRIPTS, Planned, checkpoint, fields, script, tiny, train, words
 
 WITH_MODEL = SCRIPTS[1:]
+TD3_FAMILY = [name for name in SCRIPTS if "policy_delay" in fields(name)]
 NETWORKS = ("actor", "actor_target", "critic", "critic_target", "model", "reward_model")
 
 
@@ -57,17 +59,19 @@ def steps_of(state, optimizer):
 
 
 # --- what a run does ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("change", [
+CHANGES = [
     dict(),
     dict(learning_starts=21, updates_per_step=3),
     dict(learning_starts=0, updates_per_step=1, policy_delay=3),
     dict(learned_reward=True, model_train_every=7, model_batches=3),
     dict(num_critics=1, policy_delay=1, target_noise=0),
-], ids=str)  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(
+    "name, change", [(name, c) for name in SCRIPTS for c in CHANGES if set(c) <= set(fields(name))], ids=str
+)
 def test_every_promised_update_happens_and_no_other(name, change, tmp_path):
-    if not set(change) <= set(fields(name)):
-        pytest.skip(f"{name}.py has no such flag")
     before = checkpoint(train(name, tmp_path / "before", **change | dict(total_timesteps=0)))
     after = checkpoint(train(name, tmp_path / "after", **change))
     args = after["args"]
@@ -142,7 +146,7 @@ def test_training_returns_the_last_return(name, tmp_path):
     module = script(name)
     result = module.train(module.Args(**dict(checkpoint(train(name, tmp_path / "a"))["args"],
                                              run_dir=str(tmp_path / "b"))))  # fmt: skip
-    assert f"{result:.4f}" == table(tmp_path / "b", "eval")[-1]["return_mean"]
+    assert math.isfinite(result) and f"{result:.4f}" == table(tmp_path / "b", "eval")[-1]["return_mean"]
 
 
 # --- the same again -----------------------------------------------------------------------------------------
@@ -272,9 +276,6 @@ def test_warm_up_actions_are_uniform_and_independent(name, planned, tmp_path):
     assert abs(torch.corrcoef(torch.stack([actions[1:, 0], actions[:-1, 0]]))[0, 1]) < 0.13
 
 
-TD3_FAMILY = [name for name in SCRIPTS if "exploration_noise" in fields(name)]
-
-
 @pytest.mark.parametrize("name", TD3_FAMILY)
 @pytest.mark.parametrize("mean", [(0.1, -0.2), (0.0, 0.95)])
 def test_exploration_noise(name, mean, planned, tmp_path, monkeypatch):
@@ -384,16 +385,17 @@ def poison(run, network):
     return (run / "checkpoint.pt").read_bytes()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("network", ["actor", "actor_target", "critic", "critic_target", "model"])
+@pytest.mark.parametrize(
+    "name, network",
+    [*itertools.product(TD3_FAMILY, ["actor", "actor_target", "critic", "critic_target"]),
+     *itertools.product(WITH_MODEL, ["model"])],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "change", [dict(eval_every=1), dict(checkpoint_every=0), dict(total_timesteps=36)], ids=str
 )
 def test_a_network_that_goes_wrong_ends_the_run(name, network, change, planned, tmp_path, fault_of):
     """Within a step, before it is evaluated, saved or done; one member of an ensemble is enough."""
     run = train(name, tmp_path / "run", **dict(env_id=planned) | change | dict(total_timesteps=35))
-    if network not in checkpoint(run):
-        pytest.skip(f"{name}.py has no {network}")
     before = poison(run, network)
     message = fault_of(name, tiny(name, env_id=planned, run_dir=run, resume=True, **change))
     assert "not finite" in message and ("step 36" in message or "step 37" in message), message
@@ -499,7 +501,7 @@ def test_a_script_can_be_copied_out(name, tmp_path):
 
 
 def test_mage_learns_to_swing_up_a_pendulum_in_1000_steps(tmp_path):
-    """About -110 at the end, as good as it gets; untrained -1400, with a broken critic below -800."""
+    """About -110 at the end; untrained -1550, with a critic that looks at the reward alone -1090."""
     mage = script("mage_td3")
     chosen = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1000, run_dir=tmp_path / "run")
     assert mage.train(common.args.parse_args(mage.Args, mage.PRESETS, words(chosen))) >= -400

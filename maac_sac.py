@@ -1,0 +1,532 @@
+"""MAAC (Clavera, Fu & Abbeel 2020) on SAC: the actor is trained by backpropagating through H steps of a model.
+
+Its objective is an imagined return: H rewards along the trajectory of an ensemble, then the critic's value of where
+it ends; H trades the model's error for the critic's. The critic learns on imagined data, from targets of several
+horizons that are weighted by how well the members agree on them (STEVE, Buckman et al. 2018).
+Letters   s obs, a action, s' next_obs, pi actor, Q critic, f model, alpha temperature (the paper's beta).
+Shapes    B batch, ds observation, da action, N critics, K ensemble members, H horizon, S samples.
+Settings  SAC: --horizon 0 --no-steve --real-ratio 1   MBPO: --horizon 0 --no-steve
+          STEVE on SAC: --horizon 0 --real-ratio 1     MAAC: none of these
+
+Values are those of the authors' code where the paper has none. Not as there:
+- One environment step at a time, the model refit every 250 and G2 updates each, for iterations of 1000 steps.
+- The model's standard deviation is exp(logvar / 2); their gradient takes exp(logvar). Its bounds are fixed.
+- Every horizon's target is there once per member and target critic. Theirs has one value, eight times, at horizon
+  0: no variance, all the weight. Variances are pooled over the batch, two critics being too few for each row.
+- As the paper says, S whole trajectories start in each state; their last version samples the last action S times.
+- Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.
+- A member is done after 5 epochs without progress on its held-out rows and gets its best weights back.
+- Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
+
+python maac_sac.py --env-id Pendulum-v1 --preset laptop
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.wrappers import RecordEpisodeStatistics
+from torch import nn
+
+from common import BadInput
+from common.args import main, prepare
+from common.envs import Resumable, make_env
+from common.evaluate import as_policy
+from common.rewards import reward_fn, termination_fn
+from common.run import Run, load_run
+
+
+@dataclass
+class Args:
+    # --- run ---
+    env_id: str = "HalfCheetah-v4"  # the README lists the environments
+    seed: int = 0
+    total_timesteps: int = 100_000  # environment steps, warm-up included
+    preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1  # CPU threads; small networks are fastest on one
+    exp_name: str | None = None  # second level of the run folder (default: the script's name)
+    run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
+    resume: bool = False  # go on in the run folder
+    checkpoint_every: float = 600.0  # seconds
+    eval_every: int = 1000  # environment steps
+    eval_episodes: int = 10
+    # --- data ---
+    learning_starts: int = 5000  # steps of uniform random actions before anything learns
+    buffer_size: int = 1_000_000
+    real_ratio: float = 0.05  # share of D_env in a batch, the rest is from D_model
+    rollouts: int = 100_000  # imagined after every fit of the model, from replayed states
+    rollout_length: int = 1  # steps of each of them
+    model_buffer_size: int = 2_000_000  # imagined transitions kept
+    # --- actor and critic ---
+    updates_per_step: int = 8  # G2, for each environment step
+    batch_size: int = 256
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target networks
+    lr: float = 3e-4
+    actor_hidden: int = 256  # width of its two hidden layers
+    critic_hidden: int = 256  # width of its two hidden layers
+    num_critics: int = 2
+    target_entropy: float | None = None  # default: -da
+    # --- MAAC ---
+    horizon: int = 4  # H, steps of the model in the actor's objective
+    num_samples: int = 5  # trajectories from each state
+    steve: bool = True  # targets of several horizons for the critic
+    steve_horizon: int = 2  # the longest of them
+    # --- model ---
+    ensemble_size: int = 8
+    model_hidden: int = 200
+    model_layers: int = 4
+    model_lr: float = 1e-3
+    model_train_every: int = 250  # environment steps
+
+
+LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000, updates_per_step=4)
+LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
+                    model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
+                    horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)
+WALKER = dict(horizon=2)
+PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
+    "paper": {"*": {}, "Walker2d-v4": WALKER, "Walker2d-v5": WALKER, "mbbl/Walker2d-v0": WALKER},
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
+}
+MODEL_BATCH, HELD_OUT, PATIENCE = 256, 5, 5  # rows per step; one row in 5 only judges a member; epochs
+LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
+
+
+# --- networks -----------------------------------------------------------------------------------------------
+class Normaliser(nn.Module):
+    """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def update(self, x):  # Welford, float64: a million small squares are lost in float32
+        x = torch.as_tensor(x, device=self.mean.device)
+        count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
+        count += 1
+        deviation = x - mean
+        mean += deviation / count
+        squares += deviation * (x - mean)
+        self.mean.copy_(mean)
+        self.std.copy_((squares / count).sqrt())
+
+    def forward(self, x):  # (..., d) -> (..., d); what never varied is only shifted
+        return (x - self.mean) / torch.where(self.std < 1e-6, 1.0, self.std)
+
+    def inverse(self, x):  # what never varied gets no noise and passes no gradient
+        return x * self.std + self.mean
+
+
+class EnsembleLinear(nn.Module):
+    """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+    def __init__(self, members, dim_in, dim_out):
+        super().__init__()
+        weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
+        self.weight = nn.Parameter(torch.stack(weights))
+        self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(members, dim_in, hidden, layers, dim_out):
+    """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
+    widths = [dim_in] + [hidden] * layers
+    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
+    return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
+
+
+class Actor(nn.Module):
+    """pi(a|s), the tanh of a Gaussian; as a function, the tanh of its mean: (B, ds) -> (B, da)."""
+    def __init__(self, obs_norm, action_dim, hidden):
+        super().__init__()
+        self.obs_norm = obs_norm
+        self.net = mlp(1, len(obs_norm.mean), hidden, 2, 2 * action_dim)
+
+    def gaussian(self, obs):  # before the tanh: mean, standard deviation (B, da)
+        mean, log_std = self.net(self.obs_norm(obs)[None])[0].chunk(2, -1)
+        return mean, log_std.clamp(-20, 2).exp()
+
+    def forward(self, obs):
+        return self.gaussian(obs)[0].tanh()
+
+    def sample(self, obs):  # -> action (B, da) and its log-probability (B,), both differentiable
+        mean, std = self.gaussian(obs)
+        u = mean + std * torch.randn_like(mean)
+        log_prob = torch.distributions.Normal(mean, std).log_prob(u)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
+        return u.tanh(), (log_prob - log_slope).sum(-1)
+
+
+class Critic(nn.Module):
+    """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
+    def __init__(self, obs_norm, action_dim, hidden, members):
+        super().__init__()
+        self.obs_norm, self.members = obs_norm, members
+        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
+
+    def forward(self, obs, action):
+        obs = self.obs_norm(obs).expand(*action.shape[:-1], -1)
+        return self.net(torch.cat([obs, action], -1).expand(self.members, -1, -1))[..., 0]
+
+
+# --- model --------------------------------------------------------------------------------------------------
+class Dynamics(nn.Module):
+    """p(s' | s, a) as K Gaussians over the normalised change s' - s."""
+    def __init__(self, obs_norm, action_dim, hidden, layers, members):
+        super().__init__()
+        obs_dim = len(obs_norm.mean)
+        self.obs_norm, self.action_norm = obs_norm, Normaliser(action_dim)
+        self.delta_norm, self.members = Normaliser(obs_dim), members
+        self.net = mlp(members, obs_dim + action_dim, hidden, layers, 2 * obs_dim)
+
+    def forward(self, obs, action):  # (K, B, ds), (K, B, da) -> mean, log-variance (K, B, ds)
+        mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
+        return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
+
+    def sample(self, obs, action, noise):  # (B, ds), (B, da), standard normal (B, ds) -> next_obs (B, ds)
+        # Rows are i.i.d., so share k through member k is a draw of a random member per row, K times cheaper.
+        obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
+        mean, logvar = self(obs_k, action_k)  # (K, B/K, ds)
+        delta = mean + (logvar / 2).exp() * noise_k  # reparameterised: differentiable in obs and action
+        return obs + self.delta_norm.inverse(delta.flatten(0, 1))
+
+
+# --- replay buffer ------------------------------------------------------------------------------------------
+class ReplayBuffer:
+    """The last `capacity` transitions, one row (s, a, r, s', terminated) each, on the device."""
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+        self.size.fill_(min(self.added, len(self.rows)))
+
+    def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
+        index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
+        obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
+        return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
+
+    def state_dict(self):
+        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+
+    def load_state_dict(self, state):
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.added = state["added"]
+        self.size.fill_(len(state["rows"]))
+
+
+def extend(buffer, *columns):
+    """Adds a batch of transitions (n, ds), (n, da), (n,), (n, ds), (n,) to a buffer."""
+    rows = torch.cat([column.reshape(len(column), -1).float() for column in columns], 1)
+    buffer.rows[(buffer.added + torch.arange(len(rows), device=rows.device)) % len(buffer.rows)] = rows
+    buffer.added += len(rows)
+    buffer.size.fill_(min(buffer.added, len(buffer.rows)))
+
+
+# --- model learning -----------------------------------------------------------------------------------------
+def model_losses(model, obs, action, next_obs):
+    """Negative log-likelihood of each member, up to constants: (K, B, .) -> (K,)."""
+    mean, logvar = model(obs, action)  # (K, B, ds)
+    return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
+
+
+def hold_out(rows, members, device):
+    """Which rows judge which member, (rows, K) bool: of every HELD_OUT rows in sequence one, drawn for each."""
+    pick = torch.randint(HELD_OUT, (-(-rows // HELD_OUT), members), device=device)
+    return (torch.arange(HELD_OUT, device=device)[:, None] == pick[:, None]).flatten(0, 1)[:rows]
+
+
+def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
+    """Maximum likelihood with early stopping, each member for itself; returns held-out losses (K,) and epochs.
+
+    held_out (capacity, K): the rows that member k is judged on and never trained on, which is also what makes
+    the members differ (the bootstrap). A member without progress for PATIENCE epochs is done; in the end each
+    gets back the weights with which it did best.
+    """
+    size = int(buffer.size)
+    masks = (~held_out[:size], held_out[:size])
+    train, test = ([mask[:, k].nonzero()[:, 0] for k in range(model.members)] for mask in masks)
+    obs, action, _, next_obs, _ = buffer.rows.split(buffer.widths, -1)
+
+    def draw(rows):  # as many rows for each member, without replacement: (K, n)
+        fewest = min(len(r) for r in rows)
+        return torch.stack([r[torch.randperm(len(r), device=r.device)[:fewest]] for r in rows])
+
+    judge = draw(test)[:, :2000]
+    parameters = list(model.parameters())
+    best = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        lowest = model_losses(model, obs[judge], action[judge], next_obs[judge])  # (K,) the first to beat
+    stale = torch.zeros_like(lowest)
+    for epochs in range(1, max_epochs + 1):  # noqa: B007
+        for rows in draw(train).split(MODEL_BATCH, 1):
+            descend(optimizer, model_losses(model, obs[rows], action[rows], next_obs[rows]).mean())
+        with torch.no_grad():
+            losses = model_losses(model, obs[judge], action[judge], next_obs[judge])
+            better = (losses < lowest - 0.01) & (stale < PATIENCE)  # (K,)
+            lowest, stale = torch.where(better, losses, lowest), torch.where(better, 0, stale + 1)
+            best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
+        if (stale >= PATIENCE).all():
+            break
+    with torch.no_grad():
+        for p, b in zip(parameters, best, strict=True):
+            p.copy_(b)
+    return lowest, epochs
+
+
+def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
+    """One step of the model: (n, ds), (n, da) -> reward (n,), next_obs (n, ds), terminated (n,).
+
+    Share k of the rows goes through member k. With shuffle the shares are drawn anew, at every step (TS1); without
+    it a row that stays in its place stays with its member.
+    """
+    noise = torch.randn_like(obs)
+    if shuffle:
+        order = torch.rand(len(obs), device=obs.device).argsort()
+        next_obs = model.sample(obs[order], action[order], noise)[order.argsort()]
+    else:
+        next_obs = model.sample(obs, action, noise)
+    return reward_of(obs, action, next_obs), next_obs, terminated_at(next_obs)
+
+
+@torch.no_grad()
+def imagine_data(actor, step, source, target, n, length):
+    """Trajectories of the actor in the model from n states of D_env go to D_model; ended ones start anew."""
+    obs = source.sample(n)[0]
+    for _ in range(length):
+        action = actor.sample(obs)[0]
+        reward, next_obs, terminated = step(obs, action)
+        extend(target, obs, action, reward, next_obs, terminated)
+        obs = torch.where(terminated[:, None], source.sample(n)[0], next_obs)
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated, gamma, horizon, members):
+    """TD target (B,), and the weights (H + 1,) of the horizons 0 ... H in it.
+
+    T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)], s_0 = s',
+    nothing after termination, for every member of the model and every target critic j. Horizon 0 with one member
+    is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics.
+    """
+    obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): share k for member k
+    discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
+    targets = []
+    for h in range(horizon + 1):
+        action, log_prob = actor.sample(obs)
+        targets.append(total + discount * (critic_target(obs, action) - alpha * log_prob))  # (N, K B)
+        if h < horizon:
+            reward, next_obs, terminated = step(obs, action)
+            total = total + discount * (reward - alpha * log_prob)
+            obs, discount = next_obs, gamma * discount * ~terminated
+    targets = torch.stack(targets).unflatten(-1, (members, -1))  # (H + 1, N, K, B)
+    variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,) pooled: two critics are few for each row
+    weights = (variance + 1e-8).reciprocal()
+    weights = weights / weights.sum()
+    return weights @ targets.min(1).values.mean(1), weights  # the smaller critic, mean over members
+
+
+def critic_loss(critic, obs, action, y):
+    """Squared Bellman error of both critics."""
+    return ((y - critic(obs, action)) ** 2).mean()
+
+
+def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
+    """-J: H imagined rewards, the smaller critic at the end, entropy; and log pi(a_0|s_0), (S B,)   Section 4.3.
+
+    The gradient is pathwise: through policy, model and reward of every step, and through the critic's inputs.
+    """
+    obs = obs.repeat(samples, 1)  # (S B, ds): several trajectories from each state
+    action, first_log_prob = actor.sample(obs)
+    total, discount = 0.0, 1.0  # discount: gamma^t, and 0 from termination on
+    for _ in range(horizon):
+        reward, obs, terminated = step(obs, action)
+        total = total + discount * reward
+        discount = gamma * discount * ~terminated
+        action, _ = actor.sample(obs)
+    total = total + discount * critic(obs, action).min(0).values  # (S B,)
+    return (alpha * first_log_prob - total).mean(), first_log_prob
+
+
+def temperature_loss(log_alpha, log_prob, target_entropy):
+    """Raises alpha while the entropy -log pi is below its target; in alpha itself, not its logarithm."""
+    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
+
+
+@torch.no_grad()
+def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iterations=5, elites=26):
+    """Cross-entropy search for the action in one state (ds,), from the policy's distribution, with terminal Q.
+
+    Actions are searched before the tanh. Mean and variance start as the policy's along one imagined trajectory
+    and move to those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
+    """
+    mean, std, state = [], [], obs.expand(candidates, -1)
+    for _ in range(horizon):
+        m, s = actor.gaussian(state)
+        mean.append(m[0]), std.append(s[0])
+        state = step(state, m.tanh())[1][:1].expand(candidates, -1)
+    mean, std = torch.stack(mean), torch.stack(std)  # (H, da)
+    for _ in range(iterations):
+        u = mean + std * torch.randn(candidates, *mean.shape, device=mean.device)  # (C, H, da)
+        state, score, discount = obs.expand(candidates, -1), 0.0, 1.0
+        for t in range(horizon):
+            reward, state, terminated = step(state, u[:, t].tanh())
+            score = score + discount * reward
+            discount = gamma * discount * ~terminated
+        score = score + discount * critic(state, actor(state)).min(0).values  # (C,)
+        best = u[score.topk(elites).indices]
+        mean = 0.1 * mean + 0.9 * best.mean(0)
+        std = (0.1 * std**2 + 0.9 * best.var(0, correction=0)).sqrt()
+    return mean[0].tanh()
+
+
+# --- optimisation -------------------------------------------------------------------------------------------
+def adam(module, lr):
+    """Adam; on a GPU its counters live there too."""
+    parameters = list(module.parameters())
+    return torch.optim.Adam(parameters, lr, foreach=True, capturable=parameters[0].is_cuda)
+
+
+def descend(optimizer, loss):
+    """One step of the optimiser's parameters alone; returns the norm of their gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def polyak(target, source, tau):
+    """target <- (1 - tau) target + tau source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+def networks(args, obs_dim, action_dim):
+    """Actor, critic, its target and the model, which share a normaliser of observations."""
+    obs_norm = Normaliser(obs_dim)
+    size = (args.critic_hidden, args.num_critics)
+    critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
+    critic_target.load_state_dict(critic.state_dict())
+    size = (args.model_hidden, args.model_layers, args.ensemble_size)
+    model = Dynamics(obs_norm, action_dim, *size)
+    return Actor(obs_norm, action_dim, args.actor_hidden), critic, critic_target.requires_grad_(False), model
+
+
+def load_policy(run_dir, plan=False):
+    """The policy of a run, without noise: float32 arrays (n, ds) -> (n, da). plan: searches with the model too."""
+    args, state = load_run(run_dir, Args)
+    env = make_env(args.env_id)
+    actor, critic, _, model = networks(args, env.observation_space.shape[0], env.action_space.shape[0])
+    for name, net in dict(actor=actor, critic=critic, model=model).items():
+        net.load_state_dict(state[name])
+    if not plan:
+        return as_policy(actor)
+    if not state["model_opt"]["state"]:
+        raise BadInput(f"--plan: {run_dir} has not trained a model; leave it out.")
+    step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
+    search = partial(plan_action, actor, critic, step, gamma=args.gamma)
+    return lambda obs: torch.stack([search(row) for row in torch.as_tensor(obs)]).numpy()
+
+
+def train(args: Args) -> float:
+    """Trains one agent in one run folder; returns the mean return of its last evaluation."""
+    device = prepare(args)
+    env = Resumable(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
+    env.reset()
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    uses_model = args.horizon > 0 or args.steve or args.real_ratio < 1
+
+    actor, critic, critic_target, model = (net.to(device) for net in networks(args, obs_dim, action_dim))
+    temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
+    real = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)  # D_env
+    imagined = ReplayBuffer(args.model_buffer_size if args.real_ratio < 1 else 1, obs_dim, action_dim, device)
+    held_out = hold_out(args.buffer_size, args.ensemble_size, device)
+    actor_opt, critic_opt, alpha_opt = (adam(net, args.lr) for net in (actor, critic, temperature))
+    model_opt = adam(model, args.model_lr)
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+    known = (reward_fn(args.env_id), termination_fn(args.env_id)) if uses_model else (None, None)
+    step_shuffled, step_member = (partial(imagine, model, *known, shuffle=s) for s in (True, False))
+    steve = (args.steve_horizon, args.ensemble_size) if args.steve else (0, 1)  # horizon, members
+    actor_horizon = (args.horizon, args.num_samples)
+
+    def sample_batch():
+        """D_env and D_model in the proportion of real_ratio: (B, ds), (B, da), (B,), (B, ds), (B,)."""
+        n = round(args.real_ratio * args.batch_size)
+        if n == args.batch_size:
+            return real.sample(n)
+        parts = real.sample(n), imagined.sample(args.batch_size - n)
+        return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+
+    def update():
+        """One update of the critics, the actor and the temperature."""
+        obs, action, *outcome = sample_batch()
+        alpha = temperature["log_alpha"].exp().detach()
+        y, weights = soft_targets(actor, critic_target, step_member, alpha, *outcome, args.gamma, *steve)
+        loss = critic_loss(critic, obs, action, y)
+        log = dict(critic_loss=loss, critic_grad=descend(critic_opt, loss))
+        loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, *actor_horizon)
+        log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss), alpha=alpha, entropy=-log_prob.mean())
+        descend(alpha_opt, temperature_loss(temperature["log_alpha"], log_prob, target_entropy))
+        polyak(critic_target, critic, args.tau)
+        return log | {f"weight_{h}": w for h, w in enumerate(weights)}
+
+    policy = as_policy(actor)
+    state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
+                 critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
+                 critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt)
+    with Run(args, __file__, state, device) as run:
+        if run.step == 0:
+            run.evaluate(policy)
+        for step in run.steps():
+            # --- act ---
+            obs = env.obs
+            if step <= args.learning_starts:
+                action = torch.empty(action_dim, device=device).uniform_(-1, 1)
+            else:
+                action = actor.sample(torch.as_tensor(obs[None], device=device))[0][0]
+            action = run.fetch(action)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            # --- store ---
+            real.add(obs, action, reward, next_obs, terminated)
+            model.obs_norm.update(obs)
+            model.action_norm.update(action)
+            model.delta_norm.update(next_obs - obs)
+            if terminated or truncated:
+                run.record(episode_return=info["episode"]["r"])
+                env.reset()
+            # --- learn the model, imagine ---
+            since = step - args.learning_starts
+            if uses_model and since >= 0 and since % args.model_train_every == 0:
+                losses, epochs = fit_model(model, model_opt, real, held_out)
+                run.record(model_loss=losses.mean(), model_epochs=epochs)
+                if args.real_ratio < 1:
+                    n = args.rollouts // args.ensemble_size * args.ensemble_size
+                    imagine_data(actor, step_shuffled, real, imagined, n, args.rollout_length)
+            # --- learn critic and actor ---
+            for _ in range(args.updates_per_step if since > 0 else 0):
+                run.record(**update())
+            # --- evaluate ---
+            if step % args.eval_every == 0:
+                run.evaluate(policy)
+    return run.last_return
+
+
+if __name__ == "__main__":
+    main(train, Args, PRESETS)

@@ -1,0 +1,409 @@
+"""MAAC's parts against differences, a hand computation, a plain SAC, and the linear-quadratic solution."""
+
+import copy
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+import maac_sac
+from common.oracle import double_integrator_cost, dynamics_fn
+from common.rewards import reward_fn
+
+GAMMA, K = 0.9, 4
+DYNAMICS, REWARD = dynamics_fn("DoubleIntegrator-v1"), reward_fn("DoubleIntegrator-v1")
+
+
+class LinearActor(torch.nn.Module):
+    """a = gain . s + std * noise, without the tanh: what the linear-quadratic solution is for."""
+
+    def __init__(self, std=1e-8):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor([-0.6, -0.8], dtype=torch.float64))
+        self.std = std
+
+    def forward(self, obs):
+        return obs @ self.gain[:, None]
+
+    def gaussian(self, obs):
+        return self(obs), torch.full_like(obs[:, :1], self.std)
+
+    def sample(self, obs):
+        mean, std = self.gaussian(obs)
+        action = mean + std * torch.randn_like(mean)
+        return action, Normal(mean, std).log_prob(action).sum(-1)
+
+
+class ExactCritic(torch.nn.Module):
+    """Q of a linear policy in the double integrator, twice."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.cost = double_integrator_cost(gain.detach(), GAMMA)
+
+    def forward(self, obs, action):
+        next_obs = DYNAMICS(obs, action)
+        value = -0.5 * (next_obs @ self.cost * next_obs).sum(-1)
+        return (REWARD(obs, action, next_obs) + GAMMA * value).expand(2, -1)
+
+
+def true_step(obs, action, limit=math.inf):
+    next_obs = DYNAMICS(obs, action)
+    return REWARD(obs, action, next_obs), next_obs, next_obs[:, 0] > limit
+
+
+def networks(ds=3, da=2, members=K):
+    norm = maac_sac.Normaliser(ds)
+    norm.mean.normal_(), norm.std.uniform_(0.5, 2)
+    actor, model = maac_sac.Actor(norm, da, 8), maac_sac.Dynamics(norm, da, 8, 1, members)
+    return actor.double(), *(maac_sac.Critic(norm, da, 8, 2).double() for _ in range(2)), model.double()
+
+
+def differences(loss, parameters, eps=1e-6):
+    """Central differences of a function of no arguments by every entry of the parameters."""
+    found = []
+    for p in parameters:
+        slope = torch.zeros_like(p)
+        for i in range(p.numel()):
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[i] += sign * eps
+                    values.append(loss())
+                    p.view(-1)[i] -= sign * eps
+            slope.view(-1)[i] = (values[0] - values[1]) / (2 * eps)
+        found.append(slope)
+    return found
+
+
+# --- actor --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("limit", [math.inf, 0.4])
+@pytest.mark.parametrize("horizon", [0, 1, 4])
+def test_the_gradient_of_the_objective_is_that_of_finite_differences(horizon, limit):
+    torch.manual_seed(1)
+    actor, critic, *_ = networks(ds=2, da=1)
+    obs = torch.randn(16, 2, dtype=torch.float64)
+    ended = []
+
+    def step(obs, action):
+        out = true_step(obs, action, limit)
+        ended.append(out[2])
+        return out
+
+    def loss():
+        torch.manual_seed(0)  # the same noise every time
+        return maac_sac.actor_loss(actor, critic, step, 0.2, obs, GAMMA, horizon, 3)[0]
+
+    ours = torch.autograd.grad(loss(), list(actor.parameters()))
+    for gradient, expected in zip(ours, differences(loss, actor.parameters()), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+    if horizon:
+        some = torch.stack(ended[:horizon])
+        assert some.any() == (limit < 1) and not some.all()
+
+
+def test_with_the_true_model_and_critic_the_objective_is_the_return_at_every_horizon():
+    actor, obs = LinearActor(), torch.randn(64, 2, dtype=torch.float64)
+    critic = ExactCritic(actor.gain)
+    exact = 0.5 * (obs @ critic.cost * obs).sum(-1).mean()
+    for horizon in (0, 1, 4, 20):
+        loss, _ = maac_sac.actor_loss(actor, critic, true_step, 0.0, obs, GAMMA, horizon, 2)
+        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
+
+
+def test_with_a_long_horizon_the_gradient_is_the_exact_policy_gradient():
+    actor, obs = LinearActor(), torch.randn(64, 2, dtype=torch.float64)
+    loss, _ = maac_sac.actor_loss(actor, ExactCritic(actor.gain), true_step, 0.0, obs, GAMMA, 200, 1)
+    cost = double_integrator_cost(actor.gain, GAMMA)
+    exact = 0.5 * (obs @ cost * obs).sum(-1).mean()
+    ours, expected = (torch.autograd.grad(x, actor.gain)[0] for x in (loss, exact))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_nothing_is_paid_after_termination():
+    actor, obs = LinearActor(), torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=torch.float64)
+    critic = ExactCritic(actor.gain)
+    loss, _ = maac_sac.actor_loss(actor, critic, partial(true_step, limit=0.0), 0.0, obs, GAMMA, 3, 1)
+    first = REWARD(obs, actor(obs), None)[0]  # the first row ends at once, the second one never
+    rest = -0.5 * (obs[1] @ critic.cost @ obs[1])
+    torch.testing.assert_close(loss, -(first + rest) / 2, rtol=1e-6, atol=0)
+
+
+def test_log_probability_is_that_of_the_squashed_gaussian():
+    actor, *_ = networks()
+    obs = 3 * torch.randn(200, 3, dtype=torch.float64)
+    action, log_prob = actor.sample(obs)
+    squashed = TransformedDistribution(Normal(*actor.gaussian(obs)), TanhTransform())
+    inside = action.abs().amax(1) < 0.999  # there the library's atanh is exact
+    assert inside.sum() > 100
+    torch.testing.assert_close(log_prob[inside], squashed.log_prob(action).sum(1)[inside], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actor(obs), actor.gaussian(obs)[0].tanh())
+    far = maac_sac.Actor(maac_sac.Normaliser(3), 1, 4)
+    with torch.no_grad():
+        far.net[-1].bias[..., 0] = 40.0  # tanh is 1 in floating point, the log-probability still finite
+    assert torch.isfinite(far.sample(torch.zeros(5, 3))[1]).all()
+
+
+# --- SAC is a setting ---------------------------------------------------------------------------------------
+def test_horizon_zero_without_steve_is_sac():
+    """A plain SAC, written down: the same losses, the same gradients, the same temperature loss."""
+    actor, critic, critic_target, _ = networks()
+    n, alpha, forbidden = 32, 0.3, None
+    obs, next_obs = torch.randn(2, n, 3, dtype=torch.float64)
+    action, reward = torch.randn(n, 2, dtype=torch.float64).tanh(), torch.randn(n, dtype=torch.float64)
+    done = torch.rand(n) < 0.3
+
+    torch.manual_seed(0)
+    y, weights = maac_sac.soft_targets(actor, critic_target, forbidden, alpha, reward, next_obs, done, GAMMA, 0, 1)
+    q_loss = maac_sac.critic_loss(critic, obs, action, y)
+    pi_loss, log_prob = maac_sac.actor_loss(actor, critic, forbidden, alpha, obs, GAMMA, 0, 1)
+    assert weights.tolist() == [1.0]
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        next_action, next_log_prob = actor.sample(next_obs)
+        q1, q2 = critic_target(next_obs, next_action)
+        target = reward + GAMMA * (1 - done.double()) * (torch.minimum(q1, q2) - alpha * next_log_prob)
+    q1, q2 = critic(obs, action)
+    sac_q_loss = 0.5 * (((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean())
+    new_action, new_log_prob = actor.sample(obs)
+    q1, q2 = critic(obs, new_action)
+    sac_pi_loss = (alpha * new_log_prob - torch.minimum(q1, q2)).mean()
+
+    for ours, plain, net in ((q_loss, sac_q_loss, critic), (pi_loss, sac_pi_loss, actor)):
+        torch.testing.assert_close(ours, plain)
+        for a, b in zip(*(torch.autograd.grad(x, list(net.parameters()), retain_graph=True) for x in (ours, plain)),
+                        strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(log_prob, new_log_prob)
+
+
+def test_temperature_rises_while_entropy_is_below_its_target():
+    log_alpha = torch.zeros((), requires_grad=True)
+    for entropy, sign in ((-3.0, -1), (-1.0, 1)):
+        loss = maac_sac.temperature_loss(log_alpha, torch.full((5,), -entropy), -2.0)
+        assert torch.autograd.grad(loss, log_alpha)[0].sign() == sign
+
+
+# --- critic targets -----------------------------------------------------------------------------------------
+def test_steve_targets_and_weights_are_those_of_a_hand_computation():
+    """Two members, two critics, two rows, horizon 1: T_0 and T_1 one by one, then 1 / variance."""
+
+    class Scripted(torch.nn.Module):
+        def sample(self, obs):
+            return obs[:, :1], 0.1 * obs[:, 0]  # log pi = s / 10
+
+    def critic(obs, action):
+        return torch.stack([obs[:, 0], obs[:, 0] + 0.5])
+
+    def step(obs, action):  # member 0 adds 1, member 1 adds 3; reward s; row 1 ends in the first member
+        add = torch.tensor([1.0, 1.0, 3.0, 3.0])
+        return obs[:, 0], obs + add[:, None], torch.tensor([False, True, False, False])
+
+    reward, next_obs, done = torch.tensor([1.0, 2.0]), torch.tensor([[10.0], [20.0]]), torch.tensor([False, False])
+    y, weights = maac_sac.soft_targets(Scripted(), critic, step, 2.0, reward, next_obs, done, 0.5, 1, 2)
+
+    t0 = np.array([[[1 + 0.5 * (10 + c - 2), 2 + 0.5 * (20 + c - 4)]] * 2 for c in (0, 0.5)])  # (N, K, B)
+    t1 = np.empty((2, 2, 2))
+    for j, c in enumerate((0, 0.5)):
+        for k, add in enumerate((1, 3)):
+            for b, (r, s) in enumerate(((1, 10), (2, 20))):
+                alive = 0 if (k, b) == (0, 1) else 1
+                later = s + add
+                t1[j, k, b] = r + 0.5 * (s - 2 * 0.1 * s) + 0.25 * alive * (later + c - 2 * 0.1 * later)
+    inverse = np.array([1 / (t.var((0, 1)).mean() + 1e-8) for t in (t0, t1)])
+    expected = inverse / inverse.sum()
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    np.testing.assert_allclose(y, expected[0] * t0.min(0).mean(0) + expected[1] * t1.min(0).mean(0), rtol=1e-5)
+    assert 0.001 < weights.min()
+
+
+def test_terminated_transitions_are_worth_their_reward():
+    actor, _, critic_target, model = networks(ds=2, da=1)
+    reward, obs = torch.randn(8).double(), torch.randn(8, 2).double()
+    done = torch.ones(8, dtype=torch.bool)
+    y, _ = maac_sac.soft_targets(actor, critic_target, true_step, 0.1, reward, obs, done, GAMMA, 2, K)
+    torch.testing.assert_close(y, reward)
+
+
+def test_steve_combines_horizons_when_critics_disagree_as_much_as_members():
+    """Random critics differ from one another, as those of a young run do: no horizon takes all the weight."""
+    torch.manual_seed(0)
+    actor, _, critic_target, model = networks(ds=2, da=1)
+    model.delta_norm.std.fill_(0.05)
+
+    def step(obs, action):
+        next_obs = model.sample(obs, action, torch.randn_like(obs))
+        return REWARD(obs, action, next_obs), next_obs, torch.zeros(len(obs), dtype=torch.bool)
+
+    reward, obs = torch.randn(64).double(), torch.randn(64, 2).double()
+    done = torch.zeros(64, dtype=torch.bool)
+    _, weights = maac_sac.soft_targets(actor, critic_target, step, 0.1, reward, obs, done, 0.99, 2, K)
+    assert weights.sum() == pytest.approx(1) and weights.min() > 0.05 and weights.max() < 0.9
+
+
+# --- model --------------------------------------------------------------------------------------------------
+def test_shuffled_shares_are_a_member_for_each_row_and_unshuffled_ones_stay():
+    torch.manual_seed(0)
+    *_, model = networks(ds=2, da=1)
+    with torch.no_grad():
+        model.net[-1].weight.zero_(), model.net[-1].bias.zero_()
+        model.net[-1].bias[:, 0, :2] = torch.arange(K)[:, None].double()  # member k moves by k
+        model.net[-1].bias[:, 0, 2:] = -1e3
+    model.delta_norm.std.fill_(1.0), model.delta_norm.mean.zero_()
+    obs, action = torch.arange(40.0).double()[:, None].expand(40, 2), torch.zeros(40, 1).double()
+    ones = (lambda o, a, n: n[:, 0], lambda n: n[:, 0] > 1e9)
+    _, fixed, _ = maac_sac.imagine(model, *ones, obs, action, shuffle=False)
+    members = (fixed - obs)[:, 0].round()
+    assert members.tolist() == [k for k in range(K) for _ in range(10)]
+    draws = torch.stack([(maac_sac.imagine(model, *ones, obs, action)[1] - obs)[:, 0].round() for _ in range(200)])
+    assert ((draws[:, None, :] == torch.arange(K)[:, None]).sum(2) == 10).all()  # equal shares every time
+    assert ((draws == 0).double().mean(0) - 0.25).abs().max() < 0.15  # and every row gets every member
+
+
+def fit(seed=0, rows=400, noise=0.0, max_epochs=200, capacity=400):
+    """A model fitted to s' = s + a (+ noise), its buffer and which rows were held out."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    buffer = maac_sac.ReplayBuffer(capacity, 2, 1, "cpu")
+    norm = maac_sac.Normaliser(2)
+    model = maac_sac.Dynamics(norm, 1, 64, 2, K)
+    for _ in range(rows):
+        obs, action = rng.normal(size=2), rng.uniform(-1, 1, 1)
+        next_obs = obs + action + noise * rng.normal(size=2)
+        buffer.add(obs, action, 0.0, next_obs, False)
+        norm.update(obs), model.action_norm.update(action), model.delta_norm.update(next_obs - obs)
+    held_out = maac_sac.hold_out(capacity, K, "cpu")
+    before = copy.deepcopy(model)
+    optimizer = maac_sac.adam(model, 3e-3)
+    return model, before, buffer, held_out, maac_sac.fit_model(model, optimizer, buffer, held_out, max_epochs)
+
+
+def held_out_losses(model, buffer, held_out):
+    obs, action, _, next_obs, _ = buffer.rows[: buffer.added].split(buffer.widths, -1)
+    with torch.no_grad():
+        return torch.stack([
+            maac_sac.model_losses(model, *(x[held_out[: len(x), k]].expand(K, -1, -1) for x in (obs, action, next_obs)))[k]
+            for k in range(K)])  # fmt: skip
+
+
+def test_the_model_learns_and_its_members_differ():
+    model, before, buffer, held_out, (losses, epochs) = fit()
+    assert (held_out_losses(model, buffer, held_out) < held_out_losses(before, buffer, held_out) - 2).all()
+    obs, action = torch.randn(8, 2), torch.rand(8, 1)
+    mean, _ = model(obs.expand(K, -1, -1), action.expand(K, -1, -1))
+    error = (model.delta_norm.inverse(mean) - action).abs()
+    assert error.mean() < 0.1 and not torch.equal(mean[0], mean[1])
+
+
+def test_members_that_overfit_stop_early_and_get_their_best_weights_back():
+    """Pure noise: what is learned of the training rows is lost on the held-out ones."""
+    model, _, buffer, held_out, (losses, epochs) = fit(noise=3.0, rows=60, max_epochs=500)
+    assert epochs < 500
+    after = held_out_losses(model, buffer, held_out)
+    overfitted = copy.deepcopy(model)
+    optimizer = maac_sac.adam(overfitted, 3e-3)
+    obs, action, _, next_obs, _ = buffer.rows[:60].split(buffer.widths, -1)
+    for _ in range(150):
+        rows = torch.stack([(~held_out[:60, k]).nonzero()[:30, 0] for k in range(K)])
+        maac_sac.descend(optimizer, maac_sac.model_losses(overfitted, obs[rows], action[rows], next_obs[rows]).mean())
+    assert (held_out_losses(overfitted, buffer, held_out) > after + 0.1).all()
+
+
+def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch):
+    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then both only get worse."""
+    script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 50)
+    *_, model = networks(ds=2, da=1, members=2)
+    model.float()
+    real, seen = maac_sac.model_losses, []
+
+    def scripted(model, *batch):
+        if torch.is_grad_enabled():
+            return real(model, *batch)
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return torch.tensor(next(script))
+
+    monkeypatch.setattr(maac_sac, "model_losses", scripted)
+    buffer = maac_sac.ReplayBuffer(100, 2, 1, "cpu")
+    for _ in range(100):
+        buffer.add(*(np.random.randn(n) for n in (2, 1, 1, 2)), False)
+    held_out = maac_sac.hold_out(100, 2, "cpu")
+    losses, epochs = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, held_out)
+    assert losses.tolist() == [5, 4] and epochs == 3 + maac_sac.PATIENCE
+    for p, first, third in zip(model.parameters(), seen[1], seen[3], strict=True):
+        assert torch.equal(p[0], first[0]) and torch.equal(p[1], third[1])
+
+
+def test_every_member_holds_out_a_fifth_of_the_rows_and_another_one():
+    held_out = maac_sac.hold_out(1002, K, "cpu")
+    assert held_out.shape == (1002, K) and (held_out[:1000].view(200, 5, K).sum(1) == 1).all()
+    assert (held_out[:, 0] & held_out[:, 1]).sum() < 100  # independent: 40 of 1000 expected
+
+
+def test_held_out_rows_are_never_trained_on(monkeypatch):
+    trained, real = [set() for _ in range(K)], maac_sac.model_losses
+
+    def watch(model, obs, action, next_obs):
+        if torch.is_grad_enabled():
+            for k in range(K):
+                trained[k] |= set(obs[k, :, 0].tolist())
+        return real(model, obs, action, next_obs)
+
+    monkeypatch.setattr(maac_sac, "model_losses", watch)
+    _, _, buffer, held_out, _ = fit(rows=300, max_epochs=4)
+    for k in range(K):
+        kept = buffer.rows[:300][held_out[:300, k], 0].tolist()
+        assert kept and not trained[k] & set(kept) and len(trained[k]) > 200
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+def test_imagined_data_continue_until_they_end_and_wrap_round():
+    torch.manual_seed(0)
+    real, imagined = (maac_sac.ReplayBuffer(n, 2, 1, "cpu") for n in (10, 25))
+    for i in range(10):
+        real.add([i, 0], [0], 0.0, [0, 0], False)
+
+    class Push(torch.nn.Module):
+        def sample(self, obs):
+            return torch.full((len(obs), 1), 0.5), None
+
+    def step(obs, action):  # moves by 100; ends beyond 250, that is in the third step
+        return obs[:, 0], obs + 100, obs[:, 0] + 100 > 250
+
+    maac_sac.imagine_data(Push(), step, real, imagined, 5, 4)
+    obs, action, reward, next_obs, terminated = imagined.rows[:20].split(imagined.widths, -1)
+    assert imagined.added == imagined.size == 20
+    assert (next_obs == obs + 100).all() and (reward == obs[:, :1]).all() and (action == 0.5).all()
+    starts, expected = obs[:, 0].view(4, 5), torch.tensor([0.0, 100, 200, 0])
+    assert ((starts // 100 * 100) == expected[:, None]).all()
+    assert terminated.view(4, 5).sum(1).tolist() == [0, 0, 5, 0]
+    maac_sac.imagine_data(Push(), step, real, imagined, 5, 2)
+    assert imagined.added == 30 and imagined.size == 25
+    assert (imagined.rows[:5, 0] >= 100).all()  # the last five rows went round to the start
+
+
+# --- planning -----------------------------------------------------------------------------------------------
+def test_planning_finds_the_best_action_of_a_linear_quadratic_problem():
+    """With the critic of a poor policy the plan's first action is close to the best one for that horizon."""
+    torch.manual_seed(0)
+    actor, obs = LinearActor(std=0.5), torch.tensor([0.3, -0.2], dtype=torch.float64)
+    critic = ExactCritic(actor.gain)
+    horizon = 3
+    best = torch.zeros(horizon, 1, dtype=torch.float64, requires_grad=True)  # before the tanh
+
+    def cost():
+        state, total = obs[None], 0.0
+        for t in range(horizon):
+            reward, state, _ = true_step(state, best[t].tanh()[None])
+            total = total + GAMMA**t * reward
+        return -(total + GAMMA**horizon * critic(state, actor(state)).min(0).values).sum()
+
+    optimizer = torch.optim.LBFGS([best], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+    optimizer.step(lambda: (optimizer.zero_grad(), cost(), )[1].backward() or cost())
+    plan = maac_sac.plan_action(actor, critic, true_step, obs, GAMMA, horizon, 2000, 20, 100)
+    assert plan.item() == pytest.approx(best[0].tanh().item(), abs=0.02)
+    assert abs(best[0].tanh().item() - actor(obs[None]).item()) > 0.005  # which is not the policy's action
