@@ -1,21 +1,21 @@
-"""MAAC (Clavera, Fu & Abbeel 2020) on SAC: the actor is trained by backpropagating through H steps of a model.
+"""MAAC (Clavera, Fu & Abbeel 2020) on SAC: an actor trained by backpropagating through H steps of a model.
 
-Its objective is an imagined return: H rewards along the trajectory of an ensemble, then the critic's value of where
-it ends; H trades the model's error for the critic's. The critic learns on imagined data, from targets of several
-horizons that are weighted by how well the members agree on them (STEVE, Buckman et al. 2018).
+Its objective is an imagined return: H rewards along a trajectory of the ensemble, then the critic's value of
+where it ends. H trades the model's error for the critic's. The critic learns on imagined data, with targets
+of several horizons, weighted by how well the members agree on them (STEVE, Buckman et al. 2018).
 Letters   s obs, a action, s' next_obs, pi actor, Q critic, f model, alpha temperature (the paper's beta).
 Shapes    B batch, ds observation, da action, N critics, K ensemble members, H horizon, S samples.
 Settings  SAC: --horizon 0 --no-steve --real-ratio 1   MBPO: --horizon 0 --no-steve
           STEVE on SAC: --horizon 0 --real-ratio 1     MAAC: none of these
 
 Values are those of the authors' code where the paper has none. Not as there:
-- One environment step at a time, the model refit every 250 and G2 updates each, for iterations of 1000 steps.
+- One environment step at a time, G2 updates each and a refit every 250, in place of iterations of 1000 steps.
 - The model's standard deviation is exp(logvar / 2); their gradient takes exp(logvar). Its bounds are fixed.
-- Every horizon's target is there once per member and target critic. Theirs has one value, eight times, at horizon
-  0: no variance, all the weight. Variances are pooled over the batch, two critics being too few for each row.
-- As the paper says, S whole trajectories start in each state; their last version samples the last action S times.
+- Every horizon has a target for each member and critic. Theirs has one value, eight times, at horizon 0:
+  no variance, so all the weight. Variances are pooled over the batch, as two critics are too few for a row.
+- S whole trajectories start in a state, as the paper says; their last version samples S last actions.
 - Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.
-- A member is done after 5 epochs without progress on its held-out rows and gets its best weights back.
+- A member is done after 5 epochs without progress on its held-out rows, and gets its best weights back.
 - Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
 
 python maac_sac.py --env-id Pendulum-v1 --preset laptop
@@ -86,7 +86,7 @@ class Args:
     model_train_every: int = 250  # environment steps
 
 
-LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000, updates_per_step=4)
+LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000)
 LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
                     model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
                     horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)
@@ -245,13 +245,13 @@ def model_losses(model, obs, action, next_obs):
 
 
 def hold_out(rows, members, device):
-    """Which rows judge which member, (rows, K) bool: of every HELD_OUT rows in sequence one, drawn for each."""
+    """Which rows judge which member, (rows, K) bool: one of every HELD_OUT in sequence, drawn for each."""
     pick = torch.randint(HELD_OUT, (-(-rows // HELD_OUT), members), device=device)
     return (torch.arange(HELD_OUT, device=device)[:, None] == pick[:, None]).flatten(0, 1)[:rows]
 
 
 def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
-    """Maximum likelihood with early stopping, each member for itself; returns held-out losses (K,) and epochs.
+    """Maximum likelihood with early stopping, each member for itself -> held-out losses (K,), epochs.
 
     held_out (capacity, K): the rows that member k is judged on and never trained on, which is also what makes
     the members differ (the bootstrap). A member without progress for PATIENCE epochs is done; in the end each
@@ -291,8 +291,8 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
 def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
     """One step of the model: (n, ds), (n, da) -> reward (n,), next_obs (n, ds), terminated (n,).
 
-    Share k of the rows goes through member k. With shuffle the shares are drawn anew, at every step (TS1); without
-    it a row that stays in its place stays with its member.
+    Share k of the rows goes through member k. With shuffle the shares are drawn anew at every step (TS1);
+    without it a row that stays in its place stays with its member.
     """
     noise = torch.randn_like(obs)
     if shuffle:
@@ -319,11 +319,11 @@ def imagine_data(actor, step, source, target, n, length):
 def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated, gamma, horizon, members):
     """TD target (B,), and the weights (H + 1,) of the horizons 0 ... H in it.
 
-    T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)], s_0 = s',
-    nothing after termination, for every member of the model and every target critic j. Horizon 0 with one member
-    is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics.
+    T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)] from
+    s_0 = s', nothing after termination, for every member of the model and target critic j. Horizon 0
+    with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics.
     """
-    obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): share k for member k
+    obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): K shares
     discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
     targets = []
     for h in range(horizon + 1):
@@ -346,7 +346,7 @@ def critic_loss(critic, obs, action, y):
 
 
 def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
-    """-J: H imagined rewards, the smaller critic at the end, entropy; and log pi(a_0|s_0), (S B,)   Section 4.3.
+    """-J: H imagined rewards, the smaller critic at the end, entropy; and log pi(a_0|s_0) (S B,)   Sec. 4.3.
 
     The gradient is pathwise: through policy, model and reward of every step, and through the critic's inputs.
     """
@@ -369,10 +369,10 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iterations=5, elites=26):
-    """Cross-entropy search for the action in one state (ds,), from the policy's distribution, with terminal Q.
+    """Cross-entropy search for the action in one state (ds,), from the policy's distribution; terminal Q.
 
-    Actions are searched before the tanh. Mean and variance start as the policy's along one imagined trajectory
-    and move to those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
+    Searches before the tanh. Mean and variance start as the policy's along an imagined trajectory and move to
+    those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
     """
     mean, std, state = [], [], obs.expand(candidates, -1)
     for _ in range(horizon):
@@ -430,7 +430,7 @@ def networks(args, obs_dim, action_dim):
 
 
 def load_policy(run_dir, plan=False):
-    """The policy of a run, without noise: float32 arrays (n, ds) -> (n, da). plan: searches with the model too."""
+    """The policy of a run without noise: float32 arrays (n, ds) -> (n, da). plan: searches with the model."""
     args, state = load_run(run_dir, Args)
     env = make_env(args.env_id)
     actor, critic, _, model = networks(args, env.observation_space.shape[0], env.action_space.shape[0])
@@ -482,7 +482,8 @@ def train(args: Args) -> float:
         loss = critic_loss(critic, obs, action, y)
         log = dict(critic_loss=loss, critic_grad=descend(critic_opt, loss))
         loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, *actor_horizon)
-        log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss), alpha=alpha, entropy=-log_prob.mean())
+        log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss))
+        log |= dict(alpha=alpha, entropy=-log_prob.mean())
         descend(alpha_opt, temperature_loss(temperature["log_alpha"], log_prob, target_entropy))
         polyak(critic_target, critic, args.tau)
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}

@@ -140,7 +140,8 @@ def test_log_probability_is_that_of_the_squashed_gaussian():
     squashed = TransformedDistribution(Normal(*actor.gaussian(obs)), TanhTransform())
     inside = action.abs().amax(1) < 0.999  # there the library's atanh is exact
     assert inside.sum() > 100
-    torch.testing.assert_close(log_prob[inside], squashed.log_prob(action).sum(1)[inside], rtol=1e-6, atol=1e-6)
+    expected = squashed.log_prob(action).sum(1)
+    torch.testing.assert_close(log_prob[inside], expected[inside], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(actor(obs), actor.gaussian(obs)[0].tanh())
     far = maac_sac.Actor(maac_sac.Normaliser(3), 1, 4)
     with torch.no_grad():
@@ -158,7 +159,8 @@ def test_horizon_zero_without_steve_is_sac():
     done = torch.rand(n) < 0.3
 
     torch.manual_seed(0)
-    y, weights = maac_sac.soft_targets(actor, critic_target, forbidden, alpha, reward, next_obs, done, GAMMA, 0, 1)
+    outcome = (reward, next_obs, done)
+    y, weights = maac_sac.soft_targets(actor, critic_target, forbidden, alpha, *outcome, GAMMA, 0, 1)
     q_loss = maac_sac.critic_loss(critic, obs, action, y)
     pi_loss, log_prob = maac_sac.actor_loss(actor, critic, forbidden, alpha, obs, GAMMA, 0, 1)
     assert weights.tolist() == [1.0]
@@ -176,8 +178,9 @@ def test_horizon_zero_without_steve_is_sac():
 
     for ours, plain, net in ((q_loss, sac_q_loss, critic), (pi_loss, sac_pi_loss, actor)):
         torch.testing.assert_close(ours, plain)
-        for a, b in zip(*(torch.autograd.grad(x, list(net.parameters()), retain_graph=True) for x in (ours, plain)),
-                        strict=True):  # fmt: skip
+        parameters = list(net.parameters())
+        both = [torch.autograd.grad(x, parameters, retain_graph=True) for x in (ours, plain)]
+        for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b)
     torch.testing.assert_close(log_prob, new_log_prob)
 
@@ -204,8 +207,8 @@ def test_steve_targets_and_weights_are_those_of_a_hand_computation():
         add = torch.tensor([1.0, 1.0, 3.0, 3.0])
         return obs[:, 0], obs + add[:, None], torch.tensor([False, True, False, False])
 
-    reward, next_obs, done = torch.tensor([1.0, 2.0]), torch.tensor([[10.0], [20.0]]), torch.tensor([False, False])
-    y, weights = maac_sac.soft_targets(Scripted(), critic, step, 2.0, reward, next_obs, done, 0.5, 1, 2)
+    outcome = torch.tensor([1.0, 2.0]), torch.tensor([[10.0], [20.0]]), torch.tensor([False, False])
+    y, weights = maac_sac.soft_targets(Scripted(), critic, step, 2.0, *outcome, 0.5, 1, 2)
 
     t0 = np.array([[[1 + 0.5 * (10 + c - 2), 2 + 0.5 * (20 + c - 4)]] * 2 for c in (0, 0.5)])  # (N, K, B)
     t1 = np.empty((2, 2, 2))
@@ -218,7 +221,8 @@ def test_steve_targets_and_weights_are_those_of_a_hand_computation():
     inverse = np.array([1 / (t.var((0, 1)).mean() + 1e-8) for t in (t0, t1)])
     expected = inverse / inverse.sum()
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
-    np.testing.assert_allclose(y, expected[0] * t0.min(0).mean(0) + expected[1] * t1.min(0).mean(0), rtol=1e-5)
+    smaller = np.stack([t0.min(0).mean(0), t1.min(0).mean(0)])  # (H + 1, B)
+    np.testing.assert_allclose(y, expected @ smaller, rtol=1e-5)
     assert 0.001 < weights.min()
 
 
@@ -260,7 +264,8 @@ def test_shuffled_shares_are_a_member_for_each_row_and_unshuffled_ones_stay():
     _, fixed, _ = maac_sac.imagine(model, *ones, obs, action, shuffle=False)
     members = (fixed - obs)[:, 0].round()
     assert members.tolist() == [k for k in range(K) for _ in range(10)]
-    draws = torch.stack([(maac_sac.imagine(model, *ones, obs, action)[1] - obs)[:, 0].round() for _ in range(200)])
+    shuffled = [maac_sac.imagine(model, *ones, obs, action)[1] for _ in range(200)]
+    draws = (torch.stack(shuffled) - obs)[..., 0].round()
     assert ((draws[:, None, :] == torch.arange(K)[:, None]).sum(2) == 10).all()  # equal shares every time
     assert ((draws == 0).double().mean(0) - 0.25).abs().max() < 0.15  # and every row gets every member
 
@@ -285,10 +290,12 @@ def fit(seed=0, rows=400, noise=0.0, max_epochs=200, capacity=400):
 
 def held_out_losses(model, buffer, held_out):
     obs, action, _, next_obs, _ = buffer.rows[: buffer.added].split(buffer.widths, -1)
-    with torch.no_grad():
-        return torch.stack([
-            maac_sac.model_losses(model, *(x[held_out[: len(x), k]].expand(K, -1, -1) for x in (obs, action, next_obs)))[k]
-            for k in range(K)])  # fmt: skip
+    losses = []
+    for k in range(K):
+        rows = held_out[: buffer.added, k]
+        batch = [x[rows].expand(K, -1, -1) for x in (obs, action, next_obs)]
+        losses.append(maac_sac.model_losses(model, *batch)[k].detach())
+    return torch.stack(losses)
 
 
 def test_the_model_learns_and_its_members_differ():
@@ -310,12 +317,13 @@ def test_members_that_overfit_stop_early_and_get_their_best_weights_back():
     obs, action, _, next_obs, _ = buffer.rows[:60].split(buffer.widths, -1)
     for _ in range(150):
         rows = torch.stack([(~held_out[:60, k]).nonzero()[:30, 0] for k in range(K)])
-        maac_sac.descend(optimizer, maac_sac.model_losses(overfitted, obs[rows], action[rows], next_obs[rows]).mean())
+        losses = maac_sac.model_losses(overfitted, obs[rows], action[rows], next_obs[rows])
+        maac_sac.descend(optimizer, losses.mean())
     assert (held_out_losses(overfitted, buffer, held_out) > after + 0.1).all()
 
 
 def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch):
-    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then both only get worse."""
+    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then both get worse."""
     script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 50)
     *_, model = networks(ds=2, da=1, members=2)
     model.float()
