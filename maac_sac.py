@@ -452,6 +452,10 @@ def train(args: Args) -> float:
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     uses_model = args.horizon > 0 or args.steve or args.real_ratio < 1
+    if uses_model and args.learning_starts < 2 * HELD_OUT:
+        raise BadInput(f"--learning-starts {args.learning_starts}: the model needs at least {2 * HELD_OUT}.")
+    if not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
+        raise BadInput(f"--rollouts {args.rollouts}: give --ensemble-size to --model-buffer-size of them.")
 
     actor, critic, critic_target, model = (net.to(device) for net in networks(args, obs_dim, action_dim))
     temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)

@@ -11,10 +11,12 @@ from common import BadInput, Fault
 
 INF = math.inf
 LIMITS = {  # what a number must lie between, ends included; any other: finite and not negative
-    "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1),
+    "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1),
+    "target_entropy": (-INF, INF),
     **dict.fromkeys(("eval_every", "eval_episodes", "buffer_size", "batch_size", "actor_hidden",
                      "critic_hidden", "num_critics", "policy_delay", "ensemble_size", "model_hidden",
-                     "model_layers", "model_train_every", "reward_hidden", "reward_layers"), (1, INF)),
+                     "model_layers", "model_train_every", "reward_hidden", "reward_layers",
+                     "num_samples", "rollouts", "rollout_length", "model_buffer_size"), (1, INF)),
 }  # fmt: skip
 
 

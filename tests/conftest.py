@@ -17,10 +17,14 @@ torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["td3", "dyna_td3", "mage_td3", "maac_sac"]  # lowest rung first
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
+TD3 = ["td3", "dyna_td3", "mage_td3"]
+DYNA = TD3[1:]
+SAC = dict(horizon=0, steve=False, real_ratio=1)  # what makes maac_sac.py plain SAC
 TINY = dict(
     env_id="Pendulum-v1", total_timesteps=60, eval_every=20, eval_episodes=1, learning_starts=20,
     buffer_size=500, updates_per_step=2, batch_size=8, actor_hidden=8, critic_hidden=8, ensemble_size=2,
-    model_hidden=8, model_layers=1, model_train_every=10, model_batches=2, reward_hidden=8, reward_layers=1,
+    model_hidden=8, model_layers=1, model_train_every=20, model_batches=2, reward_hidden=8, reward_layers=1,
+    rollouts=16, model_buffer_size=200, horizon=2, num_samples=2,
 )  # fmt: skip
 
 
@@ -34,9 +38,12 @@ def fields(name):
 
 
 def words(settings):
-    """Settings as a command line: {"lr": 0.1, "resume": True} -> --lr 0.1 --resume."""
-    return [word for field, value in settings.items() if value is not False
-            for word in ([flag(field)] if value is True else [flag(field), str(value)])]  # fmt: skip
+    """A command line: {"lr": 0.1, "resume": True, "steve": False} -> --lr 0.1 --resume --no-steve."""
+    found = []
+    for field, value in settings.items():
+        switch = {True: [flag(field)], False: [flag(f"no_{field}")]}
+        found += switch[value] if isinstance(value, bool) else [flag(field), str(value)]
+    return found
 
 
 def tiny(name, **changes):
@@ -53,6 +60,11 @@ def train(name, run_dir, **changes):
 
 def checkpoint(run_dir):
     return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def stored(state):
+    """The replay buffer's rows (s, a, r, s', terminated) in a checkpoint."""
+    return state["buffer" if "buffer" in state else "real"]["rows"]
 
 
 class Planned(gym.Env):

@@ -1,6 +1,6 @@
 """The MAGE critic loss written down as it reads, for comparison: slow, and nothing clever.
 
-Every member of the ensemble predicts every row, and all predictions but one are thrown away; the whole TD error
+Every member of the ensemble predicts every row, all predictions but one are thrown away; the whole TD error
 is kept in the graph; its action-gradient is taken with create_graph=True, once for each critic.
 """
 

@@ -7,10 +7,14 @@ are the paper's: batch 1024, 8 members of 4 x 512, critics and actor of 2 x 384,
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import dyna_td3
+import maac_sac
 import mage_td3
 from common.rewards import reward_fn, termination_fn
 from tests import naive
@@ -86,18 +90,60 @@ def model(n):
 
 
 
-def measure(jobs, turns):
-    """{name: seconds}: the median over turns in which every job runs once."""
-    nets = {name: Nets() for name in jobs}
+class SoftNets:
+    """Actor, critics and model of maac_sac.py at the paper's sizes."""
+
+    def __init__(self):
+        args = maac_sac.Args()
+        self.actor, self.critic, self.critic_target, self.model = maac_sac.networks(args, DS, DA)
+        self.actor_opt, self.critic_opt = (maac_sac.adam(net, args.lr) for net in (self.actor, self.critic))
+        self.step = partial(maac_sac.imagine, self.model, REWARD, TERMINATED)
+
+    def update_actor(self, horizon, samples):
+        obs, nets = torch.randn(256, DS), (self.actor, self.critic, self.step)
+        loss, _ = maac_sac.actor_loss(*nets, 0.1, obs, GAMMA, horizon, samples)
+        maac_sac.descend(self.actor_opt, loss)
+
+    def update_critic(self, horizon, members):
+        obs, action, next_obs = torch.randn(256, DS), torch.randn(256, DA), torch.randn(256, DS)
+        outcome = torch.randn(256), next_obs, torch.zeros(256, dtype=torch.bool)
+        step = partial(self.step, shuffle=False)
+        targets = (self.actor, self.critic_target, step, 0.1, *outcome, GAMMA, horizon, members)
+        y, _ = maac_sac.soft_targets(*targets)
+        maac_sac.descend(self.critic_opt, maac_sac.critic_loss(self.critic, obs, action, y))
+
+
+class CountFlop(TorchDispatchMode):
+    """Floating-point operations in matrix products; PyTorch's own counter fails at a double backward."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flop += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def table(title, make, jobs, turns):
+    """Prints milliseconds (median over turns, every job once in each) and GFLOP of the jobs -> seconds."""
+    nets, times, flop = {}, {name: [] for name in jobs}, {}
     for name, job in jobs.items():
+        nets[name] = make()
         job(nets[name])
-    times = {name: [] for name in jobs}
+        with CountFlop() as counter:
+            job(nets[name])
+        flop[name] = counter.flop
     for _ in range(turns):
         for name, job in jobs.items():
             start = time.perf_counter()
             job(nets[name])
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    seconds = {name: statistics.median(times[name]) for name in jobs}
+    print(f"{title:46} {'ms':>9} {'GFLOP':>8} {'GFLOP/s':>8}")
+    for name, value in seconds.items():
+        print(f"{name:46} {1e3 * value:9.2f} {flop[name] / 1e9:8.2f} {flop[name] / 1e9 / value:8.1f}")
+    return seconds
 
 
 def main():
@@ -107,6 +153,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    turns = 3 if args.quick else 9
+    print(f"torch {torch.__version__}, {args.threads} thread(s), median of {turns} turns\n")
     jobs = {
         "MAGE critic update, naive transcription": transcription,
         "MAGE critic update": mage,
@@ -114,15 +162,21 @@ def main():
         "actor update": actor,
         "model batch (8 x 256)": model,
     }
-    seconds = measure(jobs, 3 if args.quick else 9)
-    print(f"torch {torch.__version__}, {args.threads} thread(s), median of {3 if args.quick else 9} turns\n")
-    for name, value in seconds.items():
-        print(f"{name:42} {1e3 * value:9.1f} ms")
-    slow, fast, td, pi, batch = seconds.values()
-    print(f"\nnaive / ours, MAGE critic update           {slow / fast:9.1f}")
-    print(f"MAGE / Dyna-TD3, critic update             {fast / td:9.2f}")
+    slow, fast, td, pi, batch = table("TD3 family", Nets, jobs, turns).values()
     training = 120 / 25 * batch + 10 / 2 * pi  # per environment step, the same in both
-    print(f"MAGE / Dyna-TD3, whole environment step    {(10 * fast + training) / (10 * td + training):9.2f}")
+    whole = (10 * fast + training) / (10 * td + training)
+    print(f"\nnaive / ours, MAGE critic update {slow / fast:.1f}")
+    print(f"MAGE / Dyna-TD3, critic update {fast / td:.2f}; environment step, all learning {whole:.2f}\n")
+
+    jobs = {
+        "SAC actor update (H = 0, 1 sample)": lambda n: n.update_actor(0, 1),
+        "MAAC actor update (H = 4, 5 samples)": lambda n: n.update_actor(4, 5),
+        "SAC critic update": lambda n: n.update_critic(0, 1),
+        "STEVE critic update (H = 2, 8 members)": lambda n: n.update_critic(2, 8),
+    }
+    sac_actor, maac_actor, sac_critic, steve = table("MAAC, batch 256", SoftNets, jobs, 10 * turns).values()
+    print(f"\nMAAC / SAC, actor update {maac_actor / sac_actor:.1f}")
+    print(f"STEVE / SAC, critic update {steve / sac_critic:.1f}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,27 @@ import torch
 from gymnasium.spaces import Box, Dict
 
 from common.args import flag, main, parse_args
-from tests.conftest import ROOT, SCRIPTS, Planned, checkpoint, fields, script, tiny, train, words
+from common.rewards import REWARDS
+from tests.conftest import (
+    DYNA,
+    ROOT,
+    SAC,
+    SCRIPTS,
+    TD3,
+    Planned,
+    checkpoint,
+    fields,
+    script,
+    stored,
+    tiny,
+    train,
+    words,
+)
 
-WITH_MODEL = SCRIPTS[1:]
 SIZES = """threads eval_every eval_episodes buffer_size batch_size actor_hidden critic_hidden num_critics
-    policy_delay ensemble_size model_hidden model_layers model_train_every reward_hidden reward_layers"""
-BEYOND = dict(gamma=1.5, tau=2, seed=10**23, threads=10**6)  # above the largest value that makes sense
+    policy_delay ensemble_size model_hidden model_layers model_train_every reward_hidden reward_layers
+    num_samples rollout_length model_buffer_size"""
+BEYOND = dict(gamma=1.5, tau=2, seed=10**23, threads=10**6, real_ratio=1.5)  # more than makes sense
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +90,15 @@ def test_no_number_is_negative(name, refused):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_number_is_finite(name, refused):
     numbers = [field for field, kind in fields(name).items() if kind is float]
-    assert {"lr", "gamma", "tau", "exploration_noise", "checkpoint_every"} <= set(numbers)
+    assert {"lr", "gamma", "tau", "checkpoint_every"} <= set(numbers)
     for field, value in itertools.product(numbers, ("nan", "inf")):
         refused(name, tiny(name, **{field: value}), f"{flag(field)} {value}", "finite")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_some_numbers_have_a_largest_value(name, refused):
-    for field, value in BEYOND.items():
+    for field in [field for field in BEYOND if field in fields(name)]:
+        value = BEYOND[field]
         refused(name, tiny(name, **{field: value}), f"{flag(field)} {value}", "at most")
 
 
@@ -91,7 +107,7 @@ def test_lambda_is_finite_and_not_negative(lam, refused):
     refused("mage_td3", tiny("mage_td3", lam=lam), f"--lam {lam}")
 
 
-@pytest.mark.parametrize("name", WITH_MODEL)
+@pytest.mark.parametrize("name", SCRIPTS[1:])
 def test_the_members_share_a_batch_equally(name, refused):
     refused(name, tiny(name, batch_size=10, ensemble_size=4), "--batch-size 10", "--ensemble-size 4")
 
@@ -126,20 +142,28 @@ def test_spaces_that_do_not_fit(name, space, hint, register, refused):
     refused(name, tiny(name, env_id=env_id), f"--env-id {env_id!r}", hint)
 
 
-@pytest.mark.parametrize("name", WITH_MODEL)
-def test_a_model_needs_to_know_reward_and_termination(name, register, refused):
+@pytest.mark.parametrize("name, change", [(name, {}) for name in SCRIPTS[1:]]
+                         + [(name, dict(learned_reward=True)) for name in DYNA], ids=str)  # fmt: skip
+def test_a_model_needs_to_know_reward_and_termination(name, change, register, refused):
     env_id = register(Planned, known=False)
-    named = (f"--env-id {env_id!r}", "termination_fn", "reward_fn")
-    refused(name, tiny(name, env_id=env_id), *named, "--learned-reward")
-    refused(name, tiny(name, env_id=env_id, learned_reward=True), *named)
+    refused(name, tiny(name, env_id=env_id, **change), f"--env-id {env_id!r}", "termination_fn", "reward_fn")
 
 
-def test_td3_needs_to_know_neither(register):
-    train("td3", "run", env_id=register(Planned, known=False))
+@pytest.mark.parametrize("name, change", [("td3", {}), ("maac_sac", SAC)], ids=str)
+def test_without_a_model_neither_needs_to_be_known(name, change, register):
+    train(name, "run", env_id=register(Planned, known=False), **change)
     assert checkpoint("run")["critic_opt"]["state"]
 
 
-@pytest.mark.parametrize("name", WITH_MODEL)
+@pytest.mark.parametrize("name", DYNA)
+def test_a_learned_reward_needs_the_termination_alone(name, register, monkeypatch):
+    env_id = register(Planned)
+    monkeypatch.delitem(REWARDS, env_id)
+    train(name, "run", env_id=env_id, learned_reward=True)
+    assert checkpoint("run")["critic_opt"]["state"]
+
+
+@pytest.mark.parametrize("name", DYNA)
 def test_the_oracle_knows_few_environments(name, refused):
     argv = tiny(name, env_id="ContinuousCartPole-v1", oracle_dynamics=True)
     refused(name, argv, "--oracle-dynamics", "Pendulum-v1")
@@ -188,6 +212,7 @@ def test_a_run_is_resumed_with_its_own_settings(name, refused):
     train(name, "run", total_timesteps=0)
     for change in (dict(seed=1), dict(actor_hidden=9), dict(env_id="ContinuousCartPole-v1"), dict(gamma=0.5)):
         (field,) = change
+        assert field in fields(name)
         refused(name, tiny(name, run_dir="run", resume=True, **change), "--resume", flag(field))
 
 
@@ -261,6 +286,24 @@ def test_odd_values_that_work(name, change):
     assert checkpoint("run")["critic_opt"]["state"][0]["step"] == 20
 
 
+@pytest.mark.parametrize("name, change", [*((name, {}) for name in TD3), ("maac_sac", SAC)], ids=str)
+def test_learning_may_start_with_the_first_step(name, change):
+    train(name, "run", total_timesteps=10, learning_starts=0, **change)
+    assert checkpoint("run")["critic_opt"]["state"][0]["step"] == 20
+
+
+def test_maac_needs_data_for_its_model(refused):
+    for steps in (0, 1):
+        refused("maac_sac", tiny("maac_sac", learning_starts=steps), f"--learning-starts {steps}")
+    train("maac_sac", "run", learning_starts=10)
+    assert checkpoint("run")["critic_opt"]["state"][0]["step"] == 100
+
+
+def test_a_target_entropy_may_be_negative():
+    train("maac_sac", "run", target_entropy=-0.5)
+    assert checkpoint("run")["args"]["target_entropy"] == -0.5
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_learning_rate_of_0_changes_nothing(name):
     before, after = (checkpoint(train(name, f"run{t}", total_timesteps=t, lr=0)) for t in (0, 30))
@@ -285,11 +328,9 @@ def test_learning_that_would_start_after_the_end_does_not_start(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_small_buffer_keeps_the_last_transitions(name, planned):
     train(name, "run", env_id=planned, buffer_size=10)
-    small, large = checkpoint("run")["buffer"], checkpoint(train(name, "large", env_id=planned))["buffer"]
-    assert small["rows"].shape[0] == 10 and small["added"] == large["added"] == 60
-    assert {tuple(row.tolist()) for row in small["rows"][:, :2]} == {
-        tuple(row.tolist()) for row in large["rows"][-10:, :2]
-    }
+    small, large = stored(checkpoint("run")), stored(checkpoint(train(name, "large", env_id=planned)))
+    assert len(small) == 10 and len(large) == 60
+    assert {tuple(obs.tolist()) for obs in small[:, :2]} == {tuple(obs.tolist()) for obs in large[-10:, :2]}
 
 
 # --- presets ------------------------------------------------------------------------------------------------

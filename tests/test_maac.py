@@ -323,7 +323,7 @@ def test_members_that_overfit_stop_early_and_get_their_best_weights_back():
 
 
 def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch):
-    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then both get worse."""
+    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then worse."""
     script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 50)
     *_, model = networks(ds=2, da=1, members=2)
     model.float()

@@ -22,10 +22,22 @@ from common import Fault
 from common.args import main
 from common.envs import make_env
 from common.evaluate import evaluate
-from tests.conftest import ROOT, SCRIPTS, Planned, checkpoint, fields, script, tiny, train, words
+from tests.conftest import (
+    DYNA,
+    ROOT,
+    SAC,
+    SCRIPTS,
+    TD3,
+    Planned,
+    checkpoint,
+    fields,
+    script,
+    stored,
+    tiny,
+    train,
+    words,
+)
 
-WITH_MODEL = SCRIPTS[1:]
-TD3_FAMILY = [name for name in SCRIPTS if "policy_delay" in fields(name)]
 NETWORKS = ("actor", "actor_target", "critic", "critic_target", "model", "reward_model")
 
 
@@ -69,15 +81,15 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(
-    "name, change", [(name, c) for name in SCRIPTS for c in CHANGES if set(c) <= set(fields(name))], ids=str
+    "name, change", [(name, c) for name in TD3 for c in CHANGES if set(c) <= set(fields(name))], ids=str
 )
 def test_every_promised_update_happens_and_no_other(name, change, tmp_path):
     before = checkpoint(train(name, tmp_path / "before", **change | dict(total_timesteps=0)))
     after = checkpoint(train(name, tmp_path / "after", **change))
     args = after["args"]
     critic_steps = (args["total_timesteps"] - args["learning_starts"]) * args["updates_per_step"]
-    steps = dict(critic_opt=critic_steps, actor_opt=critic_steps // args.get("policy_delay", 1))
-    if name in WITH_MODEL:
+    steps = dict(critic_opt=critic_steps, actor_opt=critic_steps // args["policy_delay"])
+    if name in DYNA:
         steps["model_opt"] = args["total_timesteps"] // args["model_train_every"] * args["model_batches"]
         steps["reward_opt"] = steps["model_opt"] if args["learned_reward"] else 0
     assert {optimizer: steps_of(after, optimizer) for optimizer in steps} == steps
@@ -88,7 +100,19 @@ def test_every_promised_update_happens_and_no_other(name, change, tmp_path):
             assert torch.isfinite(after[network][part]).all()
 
 
-@pytest.mark.parametrize("name", WITH_MODEL)
+@pytest.mark.parametrize("change", [{}, dict(horizon=0), SAC], ids=str)
+def test_maac_makes_every_promised_update(change, tmp_path):
+    before = checkpoint(train("maac_sac", tmp_path / "before", **change | dict(total_timesteps=0)))
+    after = checkpoint(train("maac_sac", tmp_path / "after", **change))
+    assert [steps_of(after, f"{part}_opt") for part in ("actor", "critic", "alpha")] == [80, 80, 80]
+    for network in ("actor", "critic", "critic_target", "temperature", "model"):
+        moves = network != "model" or change != SAC
+        for part, value in weights(before, network).items():
+            assert torch.equal(value, after[network][part]) != moves, f"{network} {part}"
+    assert steps_of(after, "model_opt") >= 3 * 5 if change != SAC else not after["model_opt"]["state"]
+
+
+@pytest.mark.parametrize("name", DYNA)
 def test_the_oracle_takes_the_place_of_the_model(name, tmp_path, monkeypatch):
     before = checkpoint(train(name, tmp_path / "before", total_timesteps=0, oracle_dynamics=True))
     after = checkpoint(train(name, tmp_path / "after", oracle_dynamics=True))
@@ -121,13 +145,14 @@ def test_a_run_folder_holds_what_is_promised(name, tmp_path):
     assert {float(row["length_mean"]) for row in rows} == {200}
 
     rows = table(run, "train")
-    columns = {"td_loss", "critic_grad", "actor_loss", "actor_grad", "steps_per_second"}
-    columns |= {"model_loss", "model_error", "model_grad"} if name in WITH_MODEL else set()
+    columns = {"critic_grad", "actor_loss", "actor_grad", "steps_per_second"}
+    columns |= {"td_loss"} if name in TD3 else {"critic_loss", "model_loss", "alpha", "entropy"}
+    columns |= {"model_loss", "model_error", "model_grad"} if name in DYNA else set()
     columns |= {"gradient_loss"} if name == "mage_td3" else set()
     assert list(rows[0])[0] == "step" and columns <= set(rows[0])
     assert [row["step"] for row in rows] == ["20", "40", "60"]
     assert all(math.isfinite(float(row[column])) for row in rows[1:] for column in columns)
-    assert rows[0]["td_loss"] == ""  # nothing was learned yet
+    assert rows[0]["actor_loss"] == ""  # nothing was learned yet
 
     described = json.loads((run / "args.json").read_text())
     args = script(name).Args(**described["args"])
@@ -137,7 +162,7 @@ def test_a_run_folder_holds_what_is_promised(name, tmp_path):
     assert Path(described["script"]).name == f"{name}.py"
     assert dataclasses.asdict(args) == checkpoint(run)["args"]
     (events,) = run.glob("events.out.tfevents.*")
-    assert b"eval/return_mean" in events.read_bytes() and b"train/td_loss" in events.read_bytes()
+    assert b"eval/return_mean" in events.read_bytes() and b"train/actor_loss" in events.read_bytes()
     assert not list(run.glob("*.part"))
 
 
@@ -225,15 +250,15 @@ def test_the_buffer_stores_what_happened(name, planned, tmp_path):
     """The last observation of an episode is its own, not that of the reset; truncated is not terminated."""
     state = checkpoint(train(name, tmp_path / "run", env_id=planned))
     rows, truncated = plan(60)
-    stored = state["buffer"]["rows"]
-    assert torch.equal(torch.cat([stored[:, :2], stored[:, 4:]], 1), rows)
+    found = stored(state)
+    assert torch.equal(torch.cat([found[:, :2], found[:, 4:]], 1), rows)
     terminated = rows[:, -1] > 0
     ends = set(zip(terminated.tolist(), truncated.tolist(), strict=True))
     assert ends == {(False, False), (False, True), (True, False), (True, True)}
     assert torch.allclose(state["actor"]["obs_norm.mean"], rows[:, :2].mean(0), rtol=1e-5)
-    if name in WITH_MODEL:
+    if name != "td3":
         assert torch.allclose(state["model"]["delta_norm.mean"], torch.tensor([0.0, 1.0]))
-        assert torch.allclose(state["model"]["action_norm.mean"], stored[:, 2:4].mean(0), atol=1e-5)
+        assert torch.allclose(state["model"]["action_norm.mean"], found[:, 2:4].mean(0), atol=1e-5)
 
 
 def test_truncation_bootstraps_and_termination_does_not(planned, tmp_path, monkeypatch):
@@ -266,8 +291,8 @@ def test_truncation_bootstraps_and_termination_does_not(planned, tmp_path, monke
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_warm_up_actions_are_uniform_and_independent(name, planned, tmp_path):
     changes = dict(total_timesteps=600, learning_starts=600, buffer_size=600, eval_every=600)
-    changes |= dict(model_train_every=10**6) if name in WITH_MODEL else {}
-    actions = checkpoint(train(name, tmp_path / "run", env_id=planned, **changes))["buffer"]["rows"][:, 2:4]
+    changes |= dict(model_train_every=10**6) if name != "td3" else {}
+    actions = stored(checkpoint(train(name, tmp_path / "run", env_id=planned, **changes)))[:, 2:4]
     assert actions.abs().max() <= 1
     for column in actions.T:
         tenths = torch.histc(column, 10, -1, 1)
@@ -276,16 +301,16 @@ def test_warm_up_actions_are_uniform_and_independent(name, planned, tmp_path):
     assert abs(torch.corrcoef(torch.stack([actions[1:, 0], actions[:-1, 0]]))[0, 1]) < 0.13
 
 
-@pytest.mark.parametrize("name", TD3_FAMILY)
+@pytest.mark.parametrize("name", TD3)
 @pytest.mark.parametrize("mean", [(0.1, -0.2), (0.0, 0.95)])
 def test_exploration_noise(name, mean, planned, tmp_path, monkeypatch):
     """It is centred, independent in each dimension and from step to step, and clipped with the action."""
 
     def actions(noise, n):
         changes = dict(total_timesteps=n, learning_starts=0, buffer_size=n, eval_every=n, updates_per_step=0)
-        changes |= dict(model_train_every=10**6) if name in WITH_MODEL else {}
+        changes |= dict(model_train_every=10**6) if name in DYNA else {}
         run = train(name, tmp_path / str(noise), env_id=planned, exploration_noise=noise, **changes)
-        return checkpoint(run)["buffer"]["rows"][:, 2:4]
+        return stored(checkpoint(run))[:, 2:4]
 
     mean = torch.tensor(mean)
     monkeypatch.setattr(script(name).Actor, "forward", lambda self, obs: mean.expand(len(obs), 2))
@@ -298,7 +323,7 @@ def test_exploration_noise(name, mean, planned, tmp_path, monkeypatch):
         assert noise[:, 1].max() == 1 - mean[1] and (noise[:, 1] == noise[:, 1].max()).float().mean() > 0.25
 
 
-@pytest.mark.parametrize("name", TD3_FAMILY)
+@pytest.mark.parametrize("name", TD3)
 @pytest.mark.parametrize("target_noise", [0.2, 0])
 def test_target_noise_is_clipped_and_independent(name, target_noise, planned, tmp_path, monkeypatch):
     module, seen = script(name), []
@@ -373,7 +398,7 @@ def test_an_environment_that_goes_wrong_ends_the_run(name, part, value, at, regi
     env_id, run = register(faulty(part, value, at)), tmp_path / "run"
     message = fault_of(name, tiny(name, env_id=env_id, run_dir=run, checkpoint_every=0))
     assert part in message and f"step {at}" in message
-    assert checkpoint(run)["step"] == at - 1 and torch.isfinite(checkpoint(run)["buffer"]["rows"]).all()
+    assert checkpoint(run)["step"] == at - 1 and torch.isfinite(stored(checkpoint(run))).all()
     assert [row["step"] for row in table(run, "eval")] == [str(step) for step in range(0, at, 20)]
 
 
@@ -387,8 +412,8 @@ def poison(run, network):
 
 @pytest.mark.parametrize(
     "name, network",
-    [*itertools.product(TD3_FAMILY, ["actor", "actor_target", "critic", "critic_target"]),
-     *itertools.product(WITH_MODEL, ["model"])],
+    [*itertools.product(SCRIPTS, ["actor", "critic", "critic_target"]),
+     *itertools.product(TD3, ["actor_target"]), *itertools.product(SCRIPTS[1:], ["model"])],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "change", [dict(eval_every=1), dict(checkpoint_every=0), dict(total_timesteps=36)], ids=str
