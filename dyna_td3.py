@@ -40,43 +40,43 @@ from common.run import Run, load_run
 class Args:
     # --- run ---
     env_id: str = "HalfCheetah-v4"  # the README lists the environments
-    seed: int = 0
+    seed: int = 0  # of everything random
     total_timesteps: int = 100_000  # environment steps, warm-up included
     preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     threads: int = 1  # CPU threads; small networks are fastest on one
     exp_name: str | None = None  # second level of the run folder (default: the script's name)
     run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10
+    eval_episodes: int = 10  # in each evaluation
     # --- data ---
     learning_starts: int = 1000  # steps of uniform random actions before actor and critic learn
-    buffer_size: int = 1_000_000
+    buffer_size: int = 1_000_000  # transitions kept
     exploration_noise: float = 0.1  # standard deviation, added to the actor's action in [-1, 1]
     # --- actor and critic ---
-    updates_per_step: int = 10
-    batch_size: int = 1024
+    updates_per_step: int = 10  # of the critic, after each environment step
+    batch_size: int = 1024  # states in each update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target networks; the paper's "decay 0.995" is 1 - tau
-    lr: float = 1e-4
+    lr: float = 1e-4  # of actor and critic
     actor_hidden: int = 384  # width of its two hidden layers
     critic_hidden: int = 384  # width of its two hidden layers
-    num_critics: int = 2
+    num_critics: int = 2  # the smallest of them counts
     policy_delay: int = 2  # critic updates for each update of the actor
     target_noise: float = 0.2  # standard deviation of the noise on the target action
-    noise_clip: float = 0.5
+    noise_clip: float = 0.5  # bound on the noise on the target action
     # --- model ---
     ensemble_size: int = 8  # divides the batch: each member imagines an equal share of it
-    model_hidden: int = 512
-    model_layers: int = 4
-    model_lr: float = 1e-4
+    model_hidden: int = 512  # width of its hidden layers
+    model_layers: int = 4  # number of its hidden layers
+    model_lr: float = 1e-4  # of the model (and of the learned reward)
     model_train_every: int = 25  # environment steps
     model_batches: int = 120  # gradient steps each time, every member on batches of its own
     learned_reward: bool = False  # learn r(s, a, s') as well (B.2); the termination function stays known
-    reward_hidden: int = 256
-    reward_layers: int = 3
+    reward_hidden: int = 256  # width of its hidden layers
+    reward_layers: int = 3  # number of its hidden layers
     oracle_dynamics: bool = False  # the true differentiable dynamics in place of the model
 
 

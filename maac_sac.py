@@ -45,33 +45,33 @@ from common.run import Run, load_run
 class Args:
     # --- run ---
     env_id: str = "HalfCheetah-v4"  # the README lists the environments
-    seed: int = 0
+    seed: int = 0  # of everything random
     total_timesteps: int = 100_000  # environment steps, warm-up included
     preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     threads: int = 1  # CPU threads; small networks are fastest on one
     exp_name: str | None = None  # second level of the run folder (default: the script's name)
     run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10
+    eval_episodes: int = 10  # in each evaluation
     # --- data ---
     learning_starts: int = 5000  # steps of uniform random actions before anything learns
-    buffer_size: int = 1_000_000
+    buffer_size: int = 1_000_000  # transitions kept
     real_ratio: float = 0.05  # share of D_env in a batch, the rest is from D_model
     rollouts: int = 100_000  # imagined after every fit of the model, from replayed states
     rollout_length: int = 1  # steps of each of them
     model_buffer_size: int = 2_000_000  # imagined transitions kept
     # --- actor and critic ---
     updates_per_step: int = 8  # G2, for each environment step
-    batch_size: int = 256
+    batch_size: int = 256  # states in each update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target networks
-    lr: float = 3e-4
+    lr: float = 3e-4  # of actor, critic and temperature
     actor_hidden: int = 256  # width of its two hidden layers
     critic_hidden: int = 256  # width of its two hidden layers
-    num_critics: int = 2
+    num_critics: int = 2  # the smallest of them counts
     target_entropy: float | None = None  # default: -da
     # --- MAAC ---
     horizon: int = 4  # H, steps of the model in the actor's objective
@@ -79,10 +79,10 @@ class Args:
     steve: bool = True  # targets of several horizons for the critic
     steve_horizon: int = 2  # the longest of them
     # --- model ---
-    ensemble_size: int = 8
-    model_hidden: int = 200
-    model_layers: int = 4
-    model_lr: float = 1e-3
+    ensemble_size: int = 8  # divides the batch: each member imagines an equal share of it
+    model_hidden: int = 200  # width of its hidden layers
+    model_layers: int = 4  # number of its hidden layers
+    model_lr: float = 1e-3  # of the model
     model_train_every: int = 250  # environment steps
 
 
