@@ -26,7 +26,7 @@ REASONS = {  # why a script has a text of its own: what the others share still a
     "mage_td3": {"train.update": "the critic's loss is what MAGE is"},
     "maac_sac": {
         """Args.learning_starts Args.updates_per_step Args.batch_size Args.tau Args.lr Args.actor_hidden
-        Args.critic_hidden Args.ensemble_size Args.model_hidden Args.model_lr Args.model_train_every
+        Args.critic_hidden Args.model_hidden Args.model_lr Args.model_train_every
         LAPTOP LAPTOP_SMALL PRESETS LOGVAR""": "another paper has other values",
         "Actor actor_loss train.update load_policy": "the actor is stochastic and can plan with the model",
         "descend": "no gradient is clipped",

@@ -525,10 +525,10 @@ def test_a_script_can_be_copied_out(name, tmp_path):
     assert state["step"] == 30 and steps_of(state, "critic_opt") == 20
 
 
-def test_mage_learns_to_swing_up_a_pendulum_in_1000_steps(tmp_path):
-    """About -110 at the end; untrained -1550, with a critic that looks at the reward alone -1090."""
+def test_mage_learns_to_swing_up_a_pendulum_in_1500_steps(tmp_path):
+    """About -110 at the end; untrained -1550, with a critic that knows the next reward alone -1100."""
     mage = script("mage_td3")
-    chosen = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1000, run_dir=tmp_path / "run")
+    chosen = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1500, run_dir=tmp_path / "run")
     assert mage.train(common.args.parse_args(mage.Args, mage.PRESETS, words(chosen))) >= -400
     returns = [float(row["return_mean"]) for row in table(Path(tmp_path / "run"), "eval")]
-    assert len(returns) == 5 and returns[0] < -800
+    assert len(returns) == 7 and returns[0] < -800
