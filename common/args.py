@@ -59,3 +59,8 @@ def main(train, Args, presets):
     except (BadInput, Fault) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
+    except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
+        if "memory" not in str(error):
+            raise
+        print("error: too little memory: give a smaller --buffer-size or --batch-size.", file=sys.stderr)
+        sys.exit(2)

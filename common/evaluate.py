@@ -43,6 +43,8 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=10_000):
             if not np.isfinite(action).all():
                 raise Fault("an action of the evaluated policy is not finite")
             obs, reward, terminated, truncated, _ = envs.step(action)
+            if not np.isfinite(reward[alive]).all():
+                raise Fault("a reward of the evaluation is not finite")
             returns[alive] += reward[alive]
             lengths[alive] += 1
             alive &= ~(terminated | truncated)  # a finished copy starts again, uncounted

@@ -86,7 +86,10 @@ def append_row(path, row):
 
 def read_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing is executed
+        state = torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing is executed
+        if not {"args", "step"} <= set(state):
+            raise ValueError("a file of something else")
+        return state
     except Exception as error:  # PyTorch raises another type for every kind of damage
         raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
                        "start anew with another --run-dir.") from None  # fmt: skip
@@ -134,15 +137,14 @@ class Run:
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         self.bar = tqdm(total=self.args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
         self.started = self.saved = self.logged = time.monotonic()
-        self.logged_step = self.step
+        self.logged_step = self.saved_step = self.step
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.save()
-        elif isinstance(error, Fault):
-            error.args = (f"{error} at step {self.step}; {self.folder} keeps the last checkpoint.",)
+        if isinstance(error, Fault):
+            kept = f"its checkpoint of step {self.saved_step}" if self.saved_step else "no checkpoint yet"
+            error.args = (f"{error} at step {self.step}; {self.folder} has {kept}.",)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
@@ -166,6 +168,7 @@ class Run:
                 self.save()
             if self.stop:
                 sys.exit(128 + self.stop)
+        self.save()
 
     # --- log ---
     def record(self, **values):
@@ -216,26 +219,26 @@ class Run:
 
     # --- checkpoint ---
     def save(self):
-        """Everything that the run is, as tensors, numbers and strings in one file."""
+        """Everything that the run is, as tensors, numbers and strings in one file; Fault if it went wrong."""
+        self.fetch(torch.zeros(0, device=self.device))
         whole = {name: part.state_dict() for name, part in self.state.items()}
-        whole |= {name: getattr(self, name) for name in ("step", "last_return", "pending", "sums", "counts")}
+        whole |= {name: getattr(self, name) for name in ("step", "last_return", "sums", "counts")}
         whole |= dict(args=dataclasses.asdict(self.args), seconds=self.elapsed(), rng=torch.get_rng_state(),
                       cuda_rng=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [])
         write_whole(self.checkpoint, lambda file: torch.save(whole, file))
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), self.step
 
     def load(self):
         whole = read_checkpoint(self.checkpoint)
         old, new = whole["args"], dataclasses.asdict(self.args)
-        names = [name for name in new if old.get(name) != new[name] and name not in MAY_CHANGE]
+        names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
         if names:
-            changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new[name]}" for name in names)
+            changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
             raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
         for name, part in self.state.items():
             part.load_state_dict(whole[name])
         for name in ("step", "last_return", "seconds", "sums", "counts"):
             setattr(self, name, whole[name])
-        self.pending = {name: value.to(self.device) for name, value in whole["pending"].items()}
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(whole["cuda_rng"])
