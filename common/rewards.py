@@ -21,7 +21,7 @@ def reward_fn(env_id):
     """The reward of `env_id`: reward(obs, action, next_obs) -> (...). Raises BadInput if it is not known."""
     if env_id not in REWARDS:
         raise BadInput(
-            f"the reward of --env-id {env_id!r} is not known: add one to REWARDS in common/rewards.py "
+            f"the reward of --env-id {env_id!r} is unknown: add a reward_fn to REWARDS in common/rewards.py "
             "(or give --learned-reward, where the script has it) and a termination_fn to TERMINATIONS there."
         )
     return REWARDS[env_id]
