@@ -11,8 +11,10 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import maac_sac
+from common import BadInput
 from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import reward_fn
+from tests.conftest import checkpoint, train
 
 GAMMA, K = 0.9, 4
 DYNAMICS, REWARD = dynamics_fn("DoubleIntegrator-v1"), reward_fn("DoubleIntegrator-v1")
@@ -415,3 +417,32 @@ def test_planning_finds_the_best_action_of_a_linear_quadratic_problem():
     plan = maac_sac.plan_action(actor, critic, true_step, obs, GAMMA, horizon, 2000, 20, 100)
     assert plan.item() == pytest.approx(best[0].tanh().item(), abs=0.02)
     assert abs(best[0].tanh().item() - actor(obs[None]).item()) > 0.005  # which is not the policy's action
+
+
+# --- settings of a run --------------------------------------------------------------------------------------
+SETTINGS = {  # name: flags, whether it fits a model, whether it learns from imagined data
+    "SAC": (dict(horizon=0, no_steve=True, real_ratio=1), False, False),
+    "MBPO": (dict(horizon=0, no_steve=True), True, True),
+    "STEVE": (dict(horizon=0, real_ratio=1), True, False),
+    "MAAC": (dict(), True, True),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_uses_the_parts_it_is_made_of(name, tmp_path):
+    flags, fits, imagines = SETTINGS[name]
+    state = checkpoint(train("maac_sac", tmp_path, rollouts=16, model_buffer_size=64, **flags))
+    assert bool(state["model_opt"]["state"]) == fits
+    assert (state["imagined"]["added"] > 0) == imagines
+    log = (tmp_path / "train.csv").read_text().splitlines()[0].split(",")
+    assert ("weight_1" in log) == (name in ("STEVE", "MAAC"))
+
+
+def test_a_policy_can_be_loaded_with_planning_where_there_is_a_model(tmp_path):
+    maac = train("maac_sac", tmp_path / "maac", rollouts=16, model_buffer_size=64)
+    sac = train("maac_sac", tmp_path / "sac", **SETTINGS["SAC"][0])
+    obs = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    planned, plain = maac_sac.load_policy(maac, plan=True)(obs), maac_sac.load_policy(maac)(obs)
+    assert planned.shape == plain.shape == (3, 1) and (abs(planned) <= 1).all() and (planned != plain).any()
+    with pytest.raises(BadInput, match="--plan"):
+        maac_sac.load_policy(sac, plan=True)
