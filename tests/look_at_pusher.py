@@ -1,0 +1,61 @@
+"""What a policy on Pusher does, and what its model and critic know: python -m tests.look_at_pusher RUN_FOLDER
+
+For a run of mage_td3.py or dyna_td3.py: ten episodes without noise, from the starts of the evaluations.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+import mage_td3
+from common.envs import make_env
+from common.evaluate import as_policy
+from common.run import EVAL_SEED, load_run
+
+
+def load(run_dir):
+    args, state = load_run(run_dir, mage_td3.Args)
+    norm, da = mage_td3.Normaliser(23), 7
+    actor = mage_td3.Actor(norm, da, args.actor_hidden)
+    critic = mage_td3.Critic(norm, da, args.critic_hidden, args.num_critics)
+    model = mage_td3.Dynamics(norm, da, args.model_hidden, args.model_layers, args.ensemble_size)
+    for name, net in dict(actor=actor, critic=critic, model=model).items():
+        net.load_state_dict(state[name])
+    return args, actor, critic, model
+
+
+@torch.no_grad()
+def main(run_dir):
+    args, actor, critic, model = load(run_dir)
+    policy, env = as_policy(actor), make_env(args.env_id)
+    states, actions, rewards = [], [], []
+    for episode in range(10):
+        obs, done = env.reset(seed=EVAL_SEED + args.seed + episode)[0], False
+        states.append([obs]), actions.append([]), rewards.append([])
+        while not done:
+            action = policy(obs[None])[0]
+            obs, reward, terminated, done, _ = env.step(action)
+            states[-1].append(obs), actions[-1].append(action), rewards[-1].append(reward)
+    states, actions, rewards = (np.array(x) for x in (states, actions, rewards))  # (10, T, .)
+
+    print(f"return {rewards.sum(1).mean():.1f}")
+    goal = np.linalg.norm(states[:, :, 17:20] - states[:, :, 20:23], axis=-1)
+    tip = np.linalg.norm(states[:, :, 17:20] - states[:, :, 14:17], axis=-1)
+    print(f"object to goal, m: {goal[:, 0].mean():.2f} at the start, {goal[:, -1].mean():.2f} at the end;")
+    print(f"  closer by more than 2 cm in {(goal[:, -1] < goal[:, 0] - 0.02).sum()} of 10 episodes, "
+          f"farther by that in {(goal[:, -1] > goal[:, 0] + 0.02).sum()}")  # fmt: skip
+    print(f"tip to object at the end, m: {tip[:, -1].mean():.2f}")
+    obs, action, next_obs = (torch.tensor(x).flatten(0, 1) for x in (states[:, :-1], actions, states[:, 1:]))
+    mean, _ = model(obs.expand(model.members, -1, -1), action.expand(model.members, -1, -1))
+    std = model.delta_norm.std.clamp(min=1e-6)
+    error = ((obs + model.delta_norm.inverse(mean.mean(0)) - next_obs) / std).square()
+    print(f"one-step error of the model, in standard deviations: arm {error[:, :17].mean().sqrt():.2f}, "
+          f"object {error[:, 17:19].mean().sqrt():.2f}")  # fmt: skip
+    q = critic(obs, action).min(0).values.view(10, -1)
+    last = rewards[:, -1].mean() / (1 - args.gamma)
+    print(f"Q in the last state: {q[:, -1].mean():.1f}; its reward for ever: {last:.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
