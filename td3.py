@@ -11,7 +11,7 @@ RAdam 1e-4, batch 1024, 1000 warm-up steps; Huber loss, gradients clipped by val
 climbs min_i Q_i, not Q_1 (Algorithm 2); critic targets move at every update, the actor's target is delayed.
 `--updates-per-step 10` is the paper's sample-efficient TD3.
 
-python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10  # -110 to -132; 1.5 minutes, one core
+python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10  # -110 to -132; 1.5 minutes
 """
 
 from dataclasses import dataclass
