@@ -119,7 +119,7 @@ class Normaliser(nn.Module):
         self.std.copy_((squares / count).sqrt())
 
     def forward(self, x):  # (..., d) -> (..., d); what never varied is only shifted
-        return (x - self.mean) / torch.where(self.std < 1e-6, 1.0, self.std)
+        return (x - self.mean) / torch.where(self.std < 1e-4, 1.0, self.std)
 
     def inverse(self, x):  # what never varied gets no noise and passes no gradient
         return x * self.std + self.mean
