@@ -9,7 +9,7 @@ Beyond the paper's text, from its authors' code: network inputs and the predicte
 log-variance is bounded, Huber losses, gradients clipped by value, decoupled weight decay, actors of 384 units
 (the text's 284 is a slip), no exploration noise in the imagined reward. Not as in their code:
 - Each member imagines a share of the i.i.d. batch: as good as a random member per row, K times cheaper.
-- A dimension that never varied stays as it is; with their scale of 1 it gets noise and meaningless gradients.
+- A dimension that hardly varied stays as it is; there it gets scale 1, noise and gradients without meaning.
 - Model batches are drawn with replacement; they run whole epochs until 120 batches are reached.
 - Rewards are the simulator's; theirs use unscaled actions, and mix rows of the batch in Swimmer and Pendulum.
 - The learned reward sees s' (theirs sees s twice); a diverged run stops (theirs starts anew, silently).
@@ -113,10 +113,10 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
 
-    def forward(self, x):  # (..., d) -> (..., d); what never varied is only shifted
+    def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
         return (x - self.mean) / torch.where(self.std < 1e-4, 1.0, self.std)
 
-    def inverse(self, x):  # what never varied gets no noise and passes no gradient
+    def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
         return x * self.std + self.mean
 
 

@@ -118,10 +118,10 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
 
-    def forward(self, x):  # (..., d) -> (..., d); what never varied is only shifted
+    def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
         return (x - self.mean) / torch.where(self.std < 1e-4, 1.0, self.std)
 
-    def inverse(self, x):  # what never varied gets no noise and passes no gradient
+    def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
         return x * self.std + self.mean
 
 

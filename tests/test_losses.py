@@ -219,6 +219,25 @@ def test_a_dimension_that_never_varied_stays_where_it_was(setting):
     assert (torch.autograd.grad(sample[:, 0].sum(), s.action)[0] == 0).all()
 
 
+def test_the_first_contact_does_not_set_resting_things_in_motion():
+    """An object rests, but for rounding, until it is hit once. What the model makes of its rest must not grow a
+    thousandfold with the new scale, as it does where rounding errors are scaled up to learn from them."""
+    torch.manual_seed(0)
+    model = dyna_td3.Dynamics(td3.Normaliser(2), 1, 32, 2, K)
+    obs, action = torch.randn(500, 2), torch.rand(500, 1) * 2 - 1
+    next_obs = obs + torch.cat([0.1 * action, 3e-6 * torch.randn(500, 1)], 1)
+    for rows in zip(obs, action, next_obs - obs, strict=True):
+        for norm, row in zip((model.obs_norm, model.action_norm, model.delta_norm), rows, strict=True):
+            norm.update(row)
+    optimizer = td3.radam(model, 3e-3)
+    for _ in range(400):
+        i = torch.randint(500, (K, 64))
+        td3.descend(optimizer, dyna_td3.model_loss(model, obs[i], action[i], next_obs[i])[0])
+    model.delta_norm.update(torch.tensor([0.0, 0.01]))
+    change = (model.sample(obs, action, torch.randn(500, 2)) - obs)[:, 1]
+    assert change.std() < 0.2 * model.delta_norm.std[1] < 1e-4
+
+
 def test_learned_reward_sees_all_three_of_its_inputs(setting):
     s = setting
     reward = Setting.net(dyna_td3.RewardModel(s.obs_norm, s.model.action_norm, 16, 2))
@@ -274,15 +293,15 @@ def test_critics_take_one_action_or_one_for_each_of_them(setting):
 
 
 def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
-    data = np.random.default_rng(0).normal([5, -1e4, 2, 3], [2, 1e-3, 0, 1e-8], (1000, 4))
+    data = np.random.default_rng(0).normal([5, -1e4, 2, 3], [2, 1e-3, 0, 2e-5], (1000, 4))
     norm = td3.Normaliser(4)
     for row in data:
         norm.update(torch.tensor(row))
     np.testing.assert_allclose(norm.mean, data.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(norm.std, data.std(0), rtol=1e-4)
+    np.testing.assert_allclose(norm.std, data.std(0), rtol=1e-4, atol=1e-12)
     x = torch.tensor(data[:5], dtype=torch.float32)
     np.testing.assert_allclose(norm(x)[:, 0], (x[:, 0] - norm.mean[0]) / norm.std[0])
-    assert (norm(x)[:, 2:].abs() < 1e-6).all()  # hardly varied: shifted only, not blown up
+    assert (norm(x)[:, 2:].abs() < 2e-4).all()  # hardly varied: shifted only, not blown up
     assert (norm.inverse(torch.randn(5, 4))[:, 2] == norm.mean[2]).all()
 
 
