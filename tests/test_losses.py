@@ -220,8 +220,8 @@ def test_a_dimension_that_never_varied_stays_where_it_was(setting):
 
 
 def test_the_first_contact_does_not_set_resting_things_in_motion():
-    """An object rests, but for rounding, until it is hit once. What the model makes of its rest must not grow a
-    thousandfold with the new scale, as it does where rounding errors are scaled up to learn from them."""
+    """An object rests, but for rounding, until it is hit once. What the model makes of its rest must not grow
+    a thousandfold with the new scale, as it does where rounding errors are scaled up to learn from them."""
     torch.manual_seed(0)
     model = dyna_td3.Dynamics(td3.Normaliser(2), 1, 32, 2, K)
     obs, action = torch.randn(500, 2), torch.rand(500, 1) * 2 - 1
