@@ -45,7 +45,7 @@ def describe(args, script, device):
         found = ""
     versions = {m.__name__: m.__version__ for m in (torch, gymnasium, mujoco, np)}
     versions["python"] = platform.python_version()
-    return dict(script=str(Path(script).resolve()), args=dataclasses.asdict(args), versions=versions,
+    return dict(script=Path(script).name, args=dataclasses.asdict(args), versions=versions,
                 revision=found or None, device=str(device), threads=torch.get_num_threads())  # fmt: skip
 
 

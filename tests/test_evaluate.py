@@ -1,0 +1,31 @@
+"""The command line of common/evaluate.py; what `evaluate` itself promises is in test_training.py."""
+
+import re
+
+import pytest
+
+from common import BadInput
+from common.evaluate import Args, evaluate, main
+from tests.conftest import SCRIPTS, script, train
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_prints_the_return_of_the_policy_of_any_script(name, tmp_path, capsys):
+    run = train(name, tmp_path, **({"rollouts": 16, "model_buffer_size": 64} if name == "maac_sac" else {}))
+    capsys.readouterr()
+    main(Args(str(run), episodes=3))
+    printed = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    returns = evaluate(script(name).load_policy(run), "Pendulum-v1", 3, seed=10**6).returns
+    assert printed == pytest.approx([returns.mean(), 1.96 * returns.std(ddof=1) / 3**0.5], abs=0.006)
+
+
+@pytest.mark.parametrize("args", [Args("nowhere"), Args("nowhere", episodes=1)], ids=["folder", "episodes"])
+def test_bad_input_is_one_sentence(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput):
+        main(args)
+
+
+def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):
+    with pytest.raises(BadInput, match="--plan"):
+        main(Args(str(train("td3", tmp_path)), plan=True))
