@@ -14,6 +14,7 @@ Values are those of the authors' code where the paper has none. Not as there:
 - Every horizon has a target for each member and critic. Theirs has one value, eight times, at horizon 0:
   no variance, so all the weight. Variances are pooled over the batch, as two critics are too few for a row.
 - S whole trajectories start in a state, as the paper says; their last version samples S last actions.
+- The smaller critic counts on each trajectory, theirs on the mean; predictions are not clipped.
 - Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.
 - A member is done after 5 epochs without progress on its held-out rows, and gets its best weights back.
 - Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
@@ -93,7 +94,8 @@ LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, r
 WALKER = dict(horizon=2)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}, "Walker2d-v4": WALKER, "Walker2d-v5": WALKER, "mbbl/Walker2d-v0": WALKER},
-    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL,
+               **dict.fromkeys(("Walker2d-v4", "Walker2d-v5", "mbbl/Walker2d-v0"), LAPTOP | WALKER)},
 }
 MODEL_BATCH, HELD_OUT, PATIENCE = 256, 5, 5  # rows per step; one row in 5 only judges a member; epochs
 LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
@@ -221,7 +223,7 @@ class ReplayBuffer:
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
 
     def state_dict(self):
-        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+        return {"rows": self.rows[: self.added].to("cpu", copy=True), "added": self.added}
 
     def load_state_dict(self, state):
         self.rows[: len(state["rows"])] = state["rows"]
@@ -280,6 +282,8 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
             better = (losses < lowest - 0.01) & (stale < PATIENCE)  # (K,)
             lowest, stale = torch.where(better, losses, lowest), torch.where(better, 0, stale + 1)
             best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
+        if not losses.isfinite().all():
+            return losses, epochs  # for the run to stop
         if (stale >= PATIENCE).all():
             break
     with torch.no_grad():
@@ -321,7 +325,8 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
 
     T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)] from
     s_0 = s', nothing after termination, for every member of the model and target critic j. Horizon 0
-    with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics.
+    with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics, to
+    which the noise of actions and of the model adds.
     """
     obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): K shares
     discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
@@ -441,7 +446,8 @@ def load_policy(run_dir, plan=False):
     if not state["model_opt"]["state"]:
         raise BadInput(f"--plan: {run_dir} has not trained a model; leave it out.")
     step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
-    search = partial(plan_action, actor, critic, step, gamma=args.gamma)
+    candidates = 256 // args.ensemble_size * args.ensemble_size
+    search = partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates)
     return lambda obs: torch.stack([search(row) for row in torch.as_tensor(obs)]).numpy()
 
 
@@ -452,10 +458,11 @@ def train(args: Args) -> float:
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     uses_model = args.horizon > 0 or args.steve or args.real_ratio < 1
-    if uses_model and args.learning_starts < 2 * HELD_OUT:
-        raise BadInput(f"--learning-starts {args.learning_starts}: the model needs at least {2 * HELD_OUT}.")
-    if not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
-        raise BadInput(f"--rollouts {args.rollouts}: give --ensemble-size to --model-buffer-size of them.")
+    if uses_model and min(args.learning_starts, args.buffer_size) < 2 * HELD_OUT:
+        sizes = f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}"
+        raise BadInput(f"{sizes}: the model needs at least {2 * HELD_OUT} steps of data.")
+    if args.real_ratio < 1 and not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
+        raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
 
     actor, critic, critic_target, model = (net.to(device) for net in networks(args, obs_dim, action_dim))
     temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
@@ -468,7 +475,7 @@ def train(args: Args) -> float:
     known = (reward_fn(args.env_id), termination_fn(args.env_id)) if uses_model else (None, None)
     step_shuffled, step_member = (partial(imagine, model, *known, shuffle=s) for s in (True, False))
     steve = (args.steve_horizon, args.ensemble_size) if args.steve else (0, 1)  # horizon, members
-    actor_horizon = (args.horizon, args.num_samples)
+    actor_horizon = (args.horizon, args.num_samples if args.horizon else 1)  # SAC takes one action in a state
 
     def sample_batch():
         """D_env and D_model in the proportion of real_ratio: (B, ds), (B, da), (B,), (B, ds), (B,)."""

@@ -217,7 +217,7 @@ class ReplayBuffer:
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
 
     def state_dict(self):
-        return {"rows": self.rows[: self.added].clone(), "added": self.added}
+        return {"rows": self.rows[: self.added].to("cpu", copy=True), "added": self.added}
 
     def load_state_dict(self, state):
         self.rows[: len(state["rows"])] = state["rows"]

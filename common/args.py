@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import torch
@@ -60,7 +61,7 @@ def main(train, Args, presets):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
-        if "memory" not in str(error):
+        if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
             raise
         print("error: too little memory: give a smaller --buffer-size or --batch-size.", file=sys.stderr)
         sys.exit(2)

@@ -80,6 +80,7 @@ def main(args):
     script = importlib.util.module_from_spec(spec)
     sys.modules["script"] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
+    torch.manual_seed(0)  # a planner draws
     policy = script.load_policy(args.run_dir, plan=args.plan)
     returns = evaluate(policy, run["args"]["env_id"], args.episodes, seed=10**6).returns
     half = 1.96 * returns.std(ddof=1) / np.sqrt(len(returns))

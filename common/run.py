@@ -223,13 +223,17 @@ class Run:
         self.fetch(torch.zeros(0, device=self.device))
         whole = {name: part.state_dict() for name, part in self.state.items()}
         whole |= {name: getattr(self, name) for name in ("step", "last_return", "sums", "counts")}
-        whole |= dict(args=dataclasses.asdict(self.args), seconds=self.elapsed(), rng=torch.get_rng_state(),
-                      cuda_rng=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [])
+        whole |= dict(args=dataclasses.asdict(self.args), device=self.device.type, seconds=self.elapsed(),
+                      rng=torch.get_rng_state())  # fmt: skip
+        if self.device.type == "cuda":
+            whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         write_whole(self.checkpoint, lambda file: torch.save(whole, file))
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def load(self):
         whole = read_checkpoint(self.checkpoint)
+        if whole["device"] != self.device.type:
+            raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
         names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
         if names:
@@ -241,4 +245,4 @@ class Run:
             setattr(self, name, whole[name])
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(whole["cuda_rng"])
+            torch.cuda.set_rng_state(whole["cuda_rng"], self.device)

@@ -1,8 +1,9 @@
-"""The command line of common/evaluate.py; what `evaluate` itself promises is in test_training.py."""
+"""The command line of common/evaluate.py (what `evaluate` promises is in test_training.py), and devices."""
 
 import re
 
 import pytest
+import torch
 
 from common import BadInput
 from common.evaluate import Args, evaluate, main
@@ -29,3 +30,12 @@ def test_bad_input_is_one_sentence(args, tmp_path, monkeypatch):
 def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):
     with pytest.raises(BadInput, match="--plan"):
         main(Args(str(train("td3", tmp_path)), plan=True))
+
+
+def test_a_run_is_not_resumed_on_another_kind_of_device(tmp_path):
+    run = train("td3", tmp_path, total_timesteps=30)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["device"] == "cpu"
+    torch.save(state | {"device": "cuda"}, run / "checkpoint.pt")
+    with pytest.raises(BadInput, match="--device cuda"):
+        train("td3", tmp_path, resume=True)

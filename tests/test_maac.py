@@ -446,3 +446,6 @@ def test_a_policy_can_be_loaded_with_planning_where_there_is_a_model(tmp_path):
     assert planned.shape == plain.shape == (3, 1) and (abs(planned) <= 1).all() and (planned != plain).any()
     with pytest.raises(BadInput, match="--plan"):
         maac_sac.load_policy(sac, plan=True)
+    sizes = dict(ensemble_size=3, batch_size=9, rollouts=16, model_buffer_size=64)
+    three = train("maac_sac", tmp_path / "three", **sizes)
+    assert maac_sac.load_policy(three, plan=True)(obs).shape == (3, 1)  # 256 candidates are no multiple of 3
