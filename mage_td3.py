@@ -28,10 +28,10 @@ from torch import nn
 from common import BadInput
 from common.args import main, prepare
 from common.envs import Resumable, make_env
-from common.evaluate import as_policy
+from common.evaluate import as_policy, load_run
 from common.oracle import dynamics_fn
 from common.rewards import reward_fn, termination_fn
-from common.run import Run, load_run
+from common.run import Run
 
 
 @dataclass

@@ -27,8 +27,8 @@ from torch import nn
 from common import BadInput
 from common.args import main, prepare
 from common.envs import Resumable, make_env
-from common.evaluate import as_policy
-from common.run import Run, load_run
+from common.evaluate import as_policy, load_run
+from common.run import Run
 
 
 @dataclass

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import sys
+import traceback
 
 import torch
 import tyro
@@ -58,6 +59,8 @@ def main(train, Args, presets):
     try:
         train(parse_args(Args, presets))
     except (BadInput, Fault) as error:
+        if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
+            traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory

@@ -2,7 +2,7 @@
 
 `make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `Resumable` lets a training
 run stop and go on in mid-episode. The rest are environments that Gymnasium does not give us: a cart-pole with
-a continuous force, a double integrator, four tasks of Wang et al. 2019, and Pusher-v4 (common/pusher.py).
+a continuous force, a double integrator; the tasks of wang2019.py and Pusher-v4 (pusher.py) are registered.
 """
 
 import os
@@ -13,10 +13,6 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
-from gymnasium.envs.mujoco.ant_v4 import AntEnv
-from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
-from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
-from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
@@ -116,6 +112,7 @@ class Resumable(gym.Wrapper):
     Its state is the random generator as it was just before the last reset, and the actions since: replaying
     them is exact wherever `np_random` is the only randomness. Setting positions and velocities is not, as
     MuJoCo's solver starts from its last solution. `obs` is the current observation (None before a reset).
+    Whatever goes wrong in the environment, or comes out of it that is no number, is a Fault.
     """
 
     def __init__(self, env):
@@ -125,21 +122,34 @@ class Resumable(gym.Wrapper):
     def reset(self, **kwargs):
         self._rng = self.unwrapped.np_random.bit_generator.state
         self._reset_args, self._actions = kwargs, []
-        self.obs, info = self.env.reset(**kwargs)
+        self.obs, info = self._call(self.env.reset, **kwargs)
         return self.obs, info
 
     def step(self, action):
         self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
-        self.obs, reward, *rest = self.env.step(self._actions[-1])
-        for name, value in (("observation", self.obs), ("reward", reward)):
-            if not np.isfinite(value).all():
-                raise Fault(f"the {name} of {self.spec.id} is not finite")
+        self.obs, reward, *rest = self._call(self.env.step, self._actions[-1])
+        if np.shape(reward) or not np.isfinite(reward):
+            raise Fault(f"the reward of {self.spec.id}, {reward}, is not a finite number")
         return self.obs, reward, *rest
+
+    def _call(self, method, *args, **kwargs):
+        try:
+            obs, *rest = method(*args, **kwargs)
+        except Exception as error:  # it is somebody's code: anything may happen
+            what = f"{self.spec.id} failed in {method.__name__}"
+            raise Fault(f"{what} ({type(error).__name__}: {error})") from error
+        if obs.shape != self.observation_space.shape:
+            raise Fault(f"an observation of {self.spec.id} has shape {obs.shape}, not what its space says")
+        if not np.isfinite(obs).all():
+            raise Fault(f"the observation of {self.spec.id} is not finite")
+        return obs, *rest
 
     def state_dict(self):
         """Plain data (dict, list, str, int, float), so that torch.load(weights_only=True) reads it."""
         rng = self._rng or self.unwrapped.np_random.bit_generator.state
-        return {"rng": rng, "reset_args": self._reset_args, "actions": [a.tolist() for a in self._actions]}
+        actions = [a.tolist() for a in self._actions]
+        obs = None if self.obs is None else self.obs.tolist()
+        return {"rng": rng, "reset_args": self._reset_args, "actions": actions, "obs": obs}
 
     def load_state_dict(self, state):
         """Restore the generator, reset and replay: the environment then goes on as the saved one did."""
@@ -149,6 +159,8 @@ class Resumable(gym.Wrapper):
             self.reset(**state["reset_args"])
         for action in state["actions"]:
             self.step(action)
+        if state["obs"] != (None if self.obs is None else self.obs.tolist()):
+            raise Fault(f"{self.spec.id} does not repeat the episode in progress here")
 
 
 # --- environments of our own ---
@@ -193,49 +205,11 @@ class DoubleIntegrator(gym.Env):
         return self.state.copy(), reward, False, False, {}
 
 
-class Wang2019:
-    """A task of Wang et al. 2019, "Benchmarking Model-Based Reinforcement Learning", used for MAAC.
-
-    Gymnasium's v4 robots (model file, frame skip, start) with the observation [qpos, qvel], without the
-    position along the track and unclipped, 1000 steps and no early end. The reward is that of the observation
-    o before the step: o[velocity] - 0.1 |a|^2, and for all but HalfCheetah + 1 - 3 (o[0] - target_z)^2.
-    """
-
-    def _get_obs(self):
-        return np.concatenate([self.data.qpos[self.first :], self.data.qvel])
-
-    def step(self, action):
-        obs = self._get_obs()
-        reward = obs[self.velocity] - 0.1 * np.square(action).sum()
-        if self.target_z is not None:
-            reward += 1 - 3 * (obs[0] - self.target_z) ** 2
-        self.do_simulation(action, self.frame_skip)
-        if self.render_mode == "human":
-            self.render()
-        return self._get_obs(), float(reward), False, False, {}
-
-
-class WangHalfCheetah(Wang2019, HalfCheetahEnv):
-    first, velocity, target_z = 1, 8, None  # first position observed, index of x velocity, m
-
-
-class WangAnt(Wang2019, AntEnv):
-    first, velocity, target_z = 2, 13, 0.57
-
-
-class WangHopper(Wang2019, HopperEnv):
-    first, velocity, target_z = 1, 5, 1.3
-
-
-class WangWalker2d(Wang2019, Walker2dEnv):
-    first, velocity, target_z = 1, 8, 1.3
-
-
 # Entry points are strings, which worker processes can import.
 gym.register("ContinuousCartPole-v1", "common.envs:ContinuousCartPole", max_episode_steps=500)
 gym.register("DoubleIntegrator-v1", "common.envs:DoubleIntegrator", max_episode_steps=200)
 for _robot in ("HalfCheetah", "Ant", "Hopper", "Walker2d"):
-    gym.register(f"mbbl/{_robot}-v0", f"common.envs:Wang{_robot}", max_episode_steps=1000)
+    gym.register(f"mbbl/{_robot}-v0", f"common.wang2019:Wang{_robot}", max_episode_steps=1000)
 if MUJOCO_VERSION >= (3, 0):
     gym.registry.pop("Pusher-v4", None)  # registering over it would warn
     gym.register("Pusher-v4", "common.pusher:PusherV4", max_episode_steps=100)

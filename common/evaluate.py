@@ -1,6 +1,6 @@
-"""Evaluation on a fixed protocol: one episode per copy of the environment, fixed start seeds, no noise.
+"""Evaluation protocol: one episode per copy of the environment, fixed start seeds, no noise.
 
-    python -m common.evaluate runs/Pendulum-v1/mage_td3/seed-0 --episodes 100
+    python -m common.evaluate runs/Pendulum-v1/mage_td3/seed-0 --episodes 100 --video swing-up.gif
 """
 
 import importlib.util
@@ -10,18 +10,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import torch
 import tyro
 
 from common import BadInput, Fault
 from common.envs import make_env
+from common.files import NEWEST, newest, read_checkpoint
+
+MAX_STEPS = 10_000  # an episode without end is cut here
 
 
 @dataclass
 class Evaluation:
     returns: np.ndarray  # (n,) undiscounted return of each episode
     lengths: np.ndarray  # (n,) steps of each episode
+    cut: bool  # whether one of them was still going on
+
+
+def load_run(run_dir, Args):
+    """Arguments and checkpoint of a run: (Args, {name: state_dict})."""
+    path = newest(run_dir)
+    if path is None:
+        missing = f"{Path(run_dir, NEWEST)} does not exist"
+        raise BadInput(f"{missing}: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
+    state = read_checkpoint(path)
+    try:
+        return Args(**state["args"]), state
+    except TypeError:
+        raise BadInput(f"{path} was not written by this script: use the one that args.json names.") from None
 
 
 def as_policy(actor):
@@ -35,7 +53,7 @@ def as_policy(actor):
     return policy
 
 
-def evaluate(policy, env_id, episodes=10, seed=0, max_steps=10_000):
+def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
     """Runs `episodes` episodes side by side; copy i starts from seed + i, whatever was run before.
 
     policy: float32 arrays (n, ds) -> (n, da). Each copy contributes its first episode and nothing else: the
@@ -58,31 +76,78 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=10_000):
             alive &= ~(terminated | truncated)  # a finished copy starts again, uncounted
     finally:
         envs.close()
-    return Evaluation(returns, lengths)
+    return Evaluation(returns, lengths, cut=bool(alive.any()))
+
+
+def film(policy, env_id, path, seed=0):
+    """Draws one episode into a GIF file, at most 25 frames a second -> return, length."""
+    try:
+        env = make_env(env_id, render_mode="rgb_array")
+        obs, _ = env.reset(seed=seed)
+        frames, total, done = [env.render()], 0.0, False
+    except BadInput:
+        raise
+    except Exception as error:  # each library that draws fails in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
+        raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
+    while not done and len(frames) < MAX_STEPS:
+        obs, reward, terminated, truncated, _ = env.step(policy(obs[None])[0])
+        frames.append(env.render())
+        total, done = total + float(reward), terminated or truncated
+    steps = len(frames) - 1
+    env.close()
+    rate = env.metadata.get("render_fps", 25)
+    every = int(np.ceil(rate / 25))
+    frames = [frame[::2, ::2] for frame in frames[::every]]
+    try:
+        imageio.mimsave(path, frames, duration=1000 * every / rate, loop=0)  # milliseconds; for ever
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--video {path} cannot be written ({error}): give the name of a GIF file.") from None
+    return total, steps
 
 
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[str]  # a run's folder
     episodes: int = 10  # from starts that the run's own evaluations did not use
+    video: Path | None = None  # a GIF file for the first of them
     plan: bool = False  # search with the model too, where the algorithm can
+
+
+def load_script(run_dir):
+    """The script that a run was made with, as a module, and the run's environment."""
+    path = Path(run_dir, "args.json")
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
+    try:
+        run = json.loads(path.read_text())
+        name, env_id = run["script"], run["args"]["env_id"]
+        script = Path(__file__).parent.parent / Path(name).name  # a file of ours, whatever the folder says
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path} is damaged: it does not name script and environment.") from None
+    if not script.is_file():
+        raise BadInput(f"{path} names {name}, which is not beside common/: put it there.")
+    spec = importlib.util.spec_from_file_location("script", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module, env_id
 
 
 def main(args):
     """Prints the mean return of a run's policy and the 95% confidence interval of the mean."""
-    path = Path(args.run_dir) / "args.json"
     if args.episodes < 2:
         raise BadInput(f"--episodes {args.episodes}: give at least 2, for a confidence interval.")
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
-    run = json.loads(path.read_text())
-    spec = importlib.util.spec_from_file_location("script", Path(__file__).parent.parent / run["script"])
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["script"] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
+    if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()):
+        raise BadInput(f"--video {args.video}: give the name of a GIF file in a folder that exists.")
+    script, env_id = load_script(args.run_dir)
     torch.manual_seed(0)  # a planner draws
     policy = script.load_policy(args.run_dir, plan=args.plan)
-    returns = evaluate(policy, run["args"]["env_id"], args.episodes, seed=10**6).returns
+    if args.video:
+        total, steps = film(policy, env_id, args.video, seed=10**6)
+        print(f"{args.video}: an episode of {steps} steps, return {total:.2f}")
+    returns = evaluate(policy, env_id, args.episodes, seed=10**6).returns
     half = 1.96 * returns.std(ddof=1) / np.sqrt(len(returns))
     print(f"return {returns.mean():.2f} +- {half:.2f} (95%) over {args.episodes} episodes")
 

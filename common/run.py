@@ -1,154 +1,119 @@
 """A run: its folder, its log, its progress bar, its checkpoint. Nothing here knows the algorithm.
 
 The folder holds args.json (arguments, versions, device), eval.csv (a line per evaluation), train.csv (means
-of what was recorded since the line before), TensorBoard events and checkpoint.pt: everything that the run is.
+of what was recorded since the line before), TensorBoard events, checkpoint.pt (everything that the run is)
+and checkpoint.previous.pt, the one before. The process that has the folder open holds a lock on `lock`.
 """
 
-import csv
 import dataclasses
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-import gymnasium
-import mujoco
+import filelock
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common import BadInput, Fault
 from common.args import flag
 from common.evaluate import evaluate
+from common.files import NEWEST, PREVIOUS, newest, provenance, read_checkpoint, write_table, write_whole
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
 MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name")  # when a run is resumed
+SAVED = ("step", "last_return", "sums", "counts", "tables", "starts")  # of a Run, in its checkpoint
 
 
-# --- files --------------------------------------------------------------------------------------------------
 def run_folder(args, script):
     name = args.exp_name or Path(script).stem
     return Path(args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}"))
 
 
-def describe(args, script, device):
-    """What somebody needs to repeat the run: script, arguments, versions, code revision, device."""
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        found = ""
-    versions = {m.__name__: m.__version__ for m in (torch, gymnasium, mujoco, np)}
-    versions["python"] = platform.python_version()
-    return dict(script=Path(script).name, args=dataclasses.asdict(args), versions=versions,
-                revision=found or None, device=str(device), threads=torch.get_num_threads())  # fmt: skip
-
-
-def write_whole(path, write):
-    """Writes a file so that, whatever happens, the old one or the new one is there and whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_rows(path):
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-
-
-def write_rows(path, rows):
-    """A CSV file; its columns are all the names that occur, in order of appearance."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def append_row(path, row):
-    """Adds a line to a CSV file; it is written anew when the line brings a new column."""
-    rows = read_rows(path)
-    if rows and set(row) <= set(rows[0]):
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, list(rows[0])).writerow(row)
-    else:
-        write_rows(path, [*rows, row])
-
-
-def read_checkpoint(path):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing is executed
-        if not {"args", "step"} <= set(state):
-            raise ValueError("a file of something else")
-        return state
-    except Exception as error:  # PyTorch raises another type for every kind of damage
-        raise BadInput(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
-                       "start anew with another --run-dir.") from None  # fmt: skip
-
-
-def load_run(run_dir, Args):
-    """Arguments and checkpoint of a run: (Args, {name: state_dict})."""
-    path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
-    state = read_checkpoint(path)
-    return Args(**state["args"]), state
-
-
-# --- the run ------------------------------------------------------------------------------------------------
 class Run:
     """A context around the training loop. `state` is all that a run is: {name: object with state_dict()}."""
 
     def __init__(self, args, script, state, device):
-        self.args, self.state, self.device = args, state, device
+        self.args, self.script, self.state, self.device = args, Path(script).name, state, device
         self.folder = run_folder(args, script)
-        self.checkpoint = self.folder / "checkpoint.pt"
         self.step, self.seconds, self.last_return, self.stop = 0, 0.0, math.nan, None
+        self.tables = {"eval": [], "train": []}  # the rows of the CSV files
+        self.starts = []  # one entry for each time the run was started: step, versions, revision
         self.pending = {}  # name: tensor on the device, sum of this step's records
         self.sums, self.counts = {}, {}  # name: number, since the last line of train.csv
-        if (self.folder / "args.json").exists() and not args.resume:
-            raise BadInput(f"{self.folder} holds a run: choose another --exp-name, --seed or --run-dir, "
-                           "or go on in it with --resume.")  # fmt: skip
-        if args.resume and self.checkpoint.exists():
-            self.load()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(describe(args, script, device), indent=2)
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
-        except OSError as error:
-            reason = f"{self.folder} cannot be written ({error.strerror})"
-            raise BadInput(f"{reason}: choose another --run-dir.") from None
-        for path in (self.folder / "eval.csv", self.folder / "train.csv"):  # what came after the checkpoint
-            kept = [row for row in read_rows(path) if self.step and int(row["step"]) <= self.step]
-            write_rows(path, kept) if kept else path.unlink(missing_ok=True)
+        nets = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
+        self.weights = {f"{name}.{n}": p for name, net in nets.items() for n, p in net.named_parameters()}
 
     def __enter__(self):
-        from torch.utils.tensorboard import SummaryWriter  # a second to import: not for --help or bad input
+        with ExitStack() as stack:
+            stack.callback(self.claim().release)
+            if self.args.resume and newest(self.folder):
+                self.load()
+            self.starts.append({"step": self.step, **provenance()})
+            self.write_args()
+            for name, rows in self.tables.items():  # what came after the checkpoint comes again
+                (self.folder / f"{name}.csv").unlink(missing_ok=True)
+                if rows:
+                    write_table(self.folder / f"{name}.csv", rows)
+            from torch.utils.tensorboard import SummaryWriter  # a second to import: not for bad input
 
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
-        self.started = self.saved = self.logged = time.monotonic()
-        self.logged_step = self.saved_step = self.step
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+            total = self.args.total_timesteps
+            self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+            for close in (self.writer.close, self.bar.close, self.state["env"].close):
+                stack.callback(close)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+            self.started = self.saved = self.logged = time.monotonic()
+            self.logged_step = self.saved_step = self.step
+            self.closing = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, trace):
+        try:
+            self.closing.close()
+        except OSError as late:  # TensorBoard's thread may find only now that the disk is full
+            error = error or late
+        if isinstance(error, OSError):
+            raise self.located(Fault(f"{self.folder} cannot be written ({error.strerror})")) from None
         if isinstance(error, Fault):
-            kept = f"its checkpoint of step {self.saved_step}" if self.saved_step else "no checkpoint yet"
-            error.args = (f"{error} at step {self.step}; {self.folder} has {kept}.",)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        self.writer.close()
+            self.located(error)
+
+    def located(self, fault):
+        """The fault, completed by where it happened and by what is safe."""
+        kept = f"its checkpoint of step {self.saved_step}" if self.saved_step else "no checkpoint yet"
+        fault.args = (f"{fault} at step {self.step}; {self.folder} has {kept}.",)
+        return fault
+
+    def claim(self):
+        """The run folder for this process alone; the lock goes with the process, however that ends."""
+        lock = filelock.FileLock(self.folder / "lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BadInput(f"{self.folder} is in use by another process: choose another --run-dir.") from None
+        except OSError as error:
+            reason = f"{self.folder} cannot be written ({error.strerror})"
+            raise BadInput(f"{reason}: choose another --run-dir.") from None
+        if (self.folder / "args.json").exists() and not self.args.resume:
+            lock.release()
+            raise BadInput(f"{self.folder} holds a run: choose another --exp-name, --seed or --run-dir, "
+                           "or go on in it with --resume.")  # fmt: skip
+        return lock
+
+    def write_args(self):
+        """What somebody needs to repeat the run."""
+        text = dict(script=self.script, args=dataclasses.asdict(self.args), device=str(self.device),
+                    threads=torch.get_num_threads(), starts=self.starts)  # fmt: skip
+        text |= {name: self.starts[0][name] for name in ("versions", "revision")}
+        write_whole(self.folder / "args.json", lambda file: file.write(json.dumps(text, indent=2).encode()))
 
     def on_signal(self, number, frame):
         """The first signal ends the run at the next step boundary, after saving; the second one at once."""
@@ -158,7 +123,11 @@ class Run:
 
     def steps(self):
         """The numbers of the steps to come. Between two of them: log, checkpoint, orderly stop."""
-        for step in range(self.step + 1, self.args.total_timesteps + 1):
+        total = self.args.total_timesteps
+        if self.step and self.step >= total:
+            tqdm.write(f"{self.folder} is finished: a larger --total-timesteps than {self.step} goes on.")
+            return
+        for step in range(self.step + 1, total + 1):
             self.step = step
             yield step
             self.bar.update()
@@ -178,17 +147,23 @@ class Run:
             self.pending[name] = self.pending[name] + value if name in self.pending else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    @torch.no_grad()
     def fetch(self, action):
-        """The action as an array, in one transfer with all that was recorded. Fault if any is not finite."""
-        values = torch.cat([action.detach(), *(value[None] for value in self.pending.values())]).cpu().numpy()
-        action, recorded = np.split(values, [len(action)])
-        self.pending, names = {}, ["the action", *self.pending]
-        for name, value in zip(names, [action, *recorded], strict=True):
-            if not np.isfinite(value).all():
-                raise Fault(f"{name} is not finite")
-        for name, value in zip(names[1:], recorded.tolist(), strict=True):
+        """The action as an array, in one transfer with all that was recorded and the norm of every weight.
+        Fault if any of them is not finite."""
+        norms = torch._foreach_norm(list(self.weights.values()))
+        values = torch.cat([action, torch.stack([*self.pending.values(), *norms])]).cpu().numpy()
+        if not np.isfinite(values).all():
+            names = ["the action"] * len(action) + [*self.pending, *self.weights]
+            raise Fault(f"{names[np.isfinite(values).argmin()]} is not finite")
+        for name, value in zip(self.pending, values[len(action) :].tolist(), strict=False):
             self.sums[name] = self.sums.get(name, 0.0) + value
-        return action
+        self.pending = {}
+        return values[: len(action)]
+
+    def write_row(self, name, row):
+        self.tables[name] = [r for r in self.tables[name] if r["step"] < self.step] + [row]  # each step once
+        write_table(self.folder / f"{name}.csv", self.tables[name])
 
     def log(self):
         """A line of train.csv."""
@@ -196,7 +171,7 @@ class Run:
         now = time.monotonic()
         row = {name: self.sums[name] / self.counts[name] for name in self.sums}
         row["steps_per_second"] = (self.step - self.logged_step) / (now - self.logged)
-        append_row(self.folder / "train.csv", {"step": self.step} | {k: f"{v:.6g}" for k, v in row.items()})
+        self.write_row("train", {"step": self.step} | {k: f"{v:.6g}" for k, v in row.items()})
         for name, value in row.items():
             self.writer.add_scalar(f"train/{name}", value, self.step)
         self.sums, self.counts, self.logged, self.logged_step = {}, {}, now, self.step
@@ -210,28 +185,30 @@ class Run:
         result = evaluate(policy, args.env_id, args.eval_episodes, seed=EVAL_SEED + args.seed)
         self.last_return, spread = float(result.returns.mean()), float(result.returns.std())
         row = dict(step=self.step, return_mean=f"{self.last_return:.4f}", return_std=f"{spread:.4f}",
-                   length_mean=result.lengths.mean(), seconds=f"{self.elapsed():.1f}")  # fmt: skip
-        append_row(self.folder / "eval.csv", row)
+                   length_mean=float(result.lengths.mean()), seconds=f"{self.elapsed():.1f}")  # fmt: skip
+        self.write_row("eval", row)
         self.writer.add_scalar("eval/return_mean", self.last_return, self.step)
         self.bar.set_postfix_str(f"return {self.last_return:.1f}")
         mean = f"{self.last_return:9.2f} +- {spread:<8.2f}"
-        tqdm.write(f"step {self.step:>7}   return {mean}   {row['seconds']} s")
+        cut = "   (episodes without end were cut)" if result.cut else ""
+        tqdm.write(f"step {self.step:>7}   return {mean}   {row['seconds']} s{cut}")
 
     # --- checkpoint ---
     def save(self):
         """Everything that the run is, as tensors, numbers and strings in one file; Fault if it went wrong."""
         self.fetch(torch.zeros(0, device=self.device))
         whole = {name: part.state_dict() for name, part in self.state.items()}
-        whole |= {name: getattr(self, name) for name in ("step", "last_return", "sums", "counts")}
+        whole |= {name: getattr(self, name) for name in SAVED}
         whole |= dict(args=dataclasses.asdict(self.args), device=self.device.type, seconds=self.elapsed(),
                       rng=torch.get_rng_state())  # fmt: skip
         if self.device.type == "cuda":
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        write_whole(self.checkpoint, lambda file: torch.save(whole, file))
+        write_whole(self.folder / NEWEST, lambda file: torch.save(whole, file), keep=PREVIOUS)
         self.saved, self.saved_step = time.monotonic(), self.step
 
     def load(self):
-        whole = read_checkpoint(self.checkpoint)
+        path = newest(self.folder)
+        whole = read_checkpoint(path)
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
@@ -239,9 +216,19 @@ class Run:
         if names:
             changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
             raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
-        for name, part in self.state.items():
-            part.load_state_dict(whole[name])
-        for name in ("step", "last_return", "seconds", "sums", "counts"):
+        then, now = whole["starts"][-1]["versions"], provenance()["versions"]
+        names = [name for name in now if now[name] != then.get(name)]
+        changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
+        if changed:
+            tqdm.write(f"--resume: {changed}; from here on the numbers may be others.", file=sys.stderr)
+        try:
+            for name, part in self.state.items():
+                part.load_state_dict(whole[name])
+        except Fault as error:  # the environment's
+            raise BadInput(f"--resume: {error} ({changed or 'with the same versions'}).") from None
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise BadInput(f"--resume: {path} does not fit these networks ({error}).") from None
+        for name in ("seconds", *SAVED):
             setattr(self, name, whole[name])
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":

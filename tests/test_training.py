@@ -56,8 +56,9 @@ def same(left, right):
 
 
 def learned(run_dir):
-    """All of a checkpoint but its clock and its settings."""
-    return {name: part for name, part in checkpoint(run_dir).items() if name not in ("seconds", "args")}
+    """All of a checkpoint but its clock, its settings and its history."""
+    without = ("seconds", "args", "tables", "starts")
+    return {name: part for name, part in checkpoint(run_dir).items() if name not in without}
 
 
 def weights(state, network):
@@ -418,13 +419,13 @@ def poison(run, network):
 @pytest.mark.parametrize(
     "change", [dict(eval_every=1), dict(checkpoint_every=0), dict(total_timesteps=36)], ids=str
 )
-def test_a_network_that_goes_wrong_ends_the_run(name, network, change, planned, tmp_path, fault_of):
+def test_a_network_that_goes_wrong_ends_the_run(name, network, change, tmp_path, fault_of):
     """Within a step, before it is evaluated, saved or done; one member of an ensemble is enough."""
-    run = train(name, tmp_path / "run", **dict(env_id=planned) | change | dict(total_timesteps=35))
+    run = train(name, tmp_path / "run", **change | dict(total_timesteps=35))
     before = poison(run, network)
-    message = fault_of(name, tiny(name, env_id=planned, run_dir=run, resume=True, **change))
+    message = fault_of(name, tiny(name, run_dir=run, resume=True, **change))
     assert "not finite" in message and ("step 36" in message or "step 37" in message), message
-    assert any(part in message for part in ("action", "loss", "grad"))
+    assert f"{network}.net.0.weight" in message or network == "actor" and "action" in message
     assert (run / "checkpoint.pt").read_bytes() == before
     assert all(math.isfinite(float(row["return_mean"])) for row in table(run, "eval"))
 

@@ -1,0 +1,86 @@
+"""Files of a run: written whole or not at all, read without executing anything; and what made them."""
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+
+from common import BadInput, Fault
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+def write_whole(path, write, keep=None):
+    """Writes a file so that, whatever happens, the old one or the new one is there and whole.
+
+    write: called with the open file. keep: the name under which the old file stays; a process that is killed
+    between the two renames leaves that one alone (see `newest`). Fault if it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, path.with_name(keep))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise Fault(f"{path} cannot be written ({reason})") from None
+
+
+def write_table(path, rows):
+    """A CSV file of rows {column: value}; its columns are all that occur, in order of appearance."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def newest(folder):
+    """The checkpoint to go on from, or None."""
+    paths = [Path(folder, name) for name in (NEWEST, PREVIOUS)]
+    return next((path for path in paths if path.exists()), None)
+
+
+def read_checkpoint(path):
+    """A checkpoint as {name: plain data and tensors}. BadInput if it is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # PyTorch would not look: a flipped bit is a weight to it
+                raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True)  # plain data: nothing is executed
+        if not (isinstance(state["args"], dict) and isinstance(state["step"], int)):
+            raise ValueError
+        return state
+    except Exception:  # every kind of damage has another type
+        before = path.with_name(PREVIOUS)
+        older = path != before and before.exists()
+        way = f"rename {PREVIOUS} to {NEWEST} to go on from the one before, or " if older else ""
+        fix = f"{way}start anew with another --run-dir"
+        raise BadInput(f"{path} is damaged or no checkpoint of these scripts: {fix}.") from None
+
+
+def provenance():
+    """What decides, beside the arguments, which numbers come out: versions, git revision (or None)."""
+    versions = {m.__name__: str(m.__version__) for m in (torch, gymnasium, mujoco, np)}
+    versions["python"] = platform.python_version()
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        found = ""
+    return dict(versions=versions, revision=found or None)
