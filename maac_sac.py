@@ -35,6 +35,7 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import nn
 
 from common import BadInput
+from common.accelerate import accelerate
 from common.args import main, prepare
 from common.envs import Resumable, make_env
 from common.evaluate import as_policy, load_run
@@ -51,6 +52,7 @@ class Args:
     preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     threads: int = 1  # CPU threads; small networks are fastest on one
+    accelerate: Literal["none", "compile", "graph"] = "none"  # the updates: torch.compile, or a CUDA graph
     exp_name: str | None = None  # second level of the run folder (default: the script's name)
     run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
     resume: bool = False  # go on in the run folder
@@ -121,7 +123,7 @@ class Normaliser(nn.Module):
         self.std.copy_((squares / count).sqrt())
 
     def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
-        return (x - self.mean) / torch.where(self.std < 1e-4, 1.0, self.std)
+        return (x - self.mean) / self.std.masked_fill(self.std < 1e-4, 1.0)
 
     def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
         return x * self.std + self.mean
@@ -136,6 +138,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
 
     def forward(self, x):
+        if self.weight.shape[-1] == 1:  # as a sum: products with one column are three times slower on a CPU
+            return self.bias + (x * self.weight.mT).sum(-1, keepdim=True)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -499,6 +503,7 @@ def train(args: Args) -> float:
         polyak(critic_target, critic, args.tau)
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
+    update = accelerate(update, args.accelerate, device)
     policy = as_policy(actor)
     state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,

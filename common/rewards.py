@@ -49,12 +49,12 @@ def norm(x):
     """Euclidean norm over the last dimension, with the gradient 0 at 0, where sqrt's would be infinite."""
     squared = square(x)
     is_zero = squared == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squared).sqrt())
+    return squared.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
 
 
 def angle(cos, sin):
     """atan2(sin, cos) in rad. A model may predict both as 0, where atan2 has no gradient: cos is then 1."""
-    return torch.atan2(sin, torch.where(cos.pow(2) + sin.pow(2) < 1e-12, 1.0, cos))
+    return torch.atan2(sin, cos.masked_fill(cos.pow(2) + sin.pow(2) < 1e-12, 1.0))
 
 
 def between(x, low, high):

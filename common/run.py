@@ -144,7 +144,7 @@ class Run:
         """Numbers or 0-d tensors; tensors stay on their device until the next action is fetched."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            self.pending[name] = self.pending[name] + value if name in self.pending else value
+            self.pending[name] = self.pending[name] + value if name in self.pending else value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     @torch.no_grad()

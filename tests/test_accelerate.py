@@ -1,0 +1,183 @@
+"""--accelerate: no update waits for the device, what is compiled is the same, every replay is one call.
+
+Without a GPU the first is shown on PyTorch's meta device, which has shapes and no numbers; what needs a GPU
+is skipped.
+"""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.accelerate import WARM_UP, Graphed, accelerate
+from common.args import parse_args
+from common.rewards import reward_fn, termination_fn
+from tests.conftest import SCRIPTS, TD3, checkpoint, script, tiny, train
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+
+class Watch(TorchDispatchMode):
+    """Collects operations that make the host wait for the device, or copy between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.seen = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        made = {x.device.type for x in tree_leaves(out) if torch.is_tensor(x)}
+        masked = func.overloadpacket == torch.ops.aten.index and any(x.dtype == torch.bool for x in given)
+        copied = len({x.device.type for x in given} | made) > 1
+        if func.overloadpacket.__name__ in WAITS or masked or copied:
+            self.found.append(str(func))
+        self.seen += "meta" in made
+        return out
+
+
+class Ready(Exception):
+    """The functions are defined, nothing was run."""
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """A function that gives the accelerated functions of a script on the meta device, without PyTorch's own
+    foreach functions and optimisers, which that device has not; on a GPU they are capturable."""
+
+    def of(name, **changes):
+        module, found = script(name), []
+        monkeypatch.setattr(module, "prepare", lambda args: torch.device("meta"))
+        monkeypatch.setattr(module, "accelerate", lambda f, how, device: found.append(f) or f)
+
+        def run(*args):
+            raise Ready
+
+        monkeypatch.setattr(module, "Run", run)
+        for optimizer in (torch.optim.RAdam, torch.optim.Adam):
+            monkeypatch.setattr(optimizer, "step", lambda self: None)
+        monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors, **kwargs: tensors[0].norm())
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", lambda *args, **kwargs: None)
+        with contextlib.suppress(Ready):
+            module.train(parse_args(module.Args, module.PRESETS, tiny(name, **changes)))
+        return {f.__name__: f for f in found}
+
+    return of
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Pusher-v4", "Hopper-v4", "Humanoid-v4"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_update_waits_for_the_device(name, env_id, blocks):
+    for block, function in blocks(name, env_id=env_id, batch_size=16).items():
+        for flags in [(False,), (True,)] if block == "update" and name in TD3 else [()]:
+            with Watch() as watch:
+                function(*flags)
+            assert watch.seen > 50 and not watch.found, f"{block}: {sorted(set(watch.found))}"
+
+
+def test_the_watch_sees_what_waits():
+    """What the meta device cannot do at all raises by itself."""
+    x = torch.ones(3, device="meta")
+    with Watch() as watch:
+        torch.zeros(3).to("meta")
+    assert watch.found
+    for wait in (lambda: x.cpu(), lambda: float(x.sum()), lambda: x[x > 0], lambda: bool((x > 0).any())):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+
+
+@pytest.mark.parametrize("flags", [(), (True,)])
+def test_every_call_of_a_graph_is_one_execution(flags, monkeypatch):
+    """With a graph that only pretends: it records a call without executing it, a replay executes it."""
+    done, recording = [], []
+
+    @contextlib.contextmanager
+    def graph(g):
+        recording.append(g)
+        yield
+        recording.pop()
+
+    def function(*given):
+        if recording:
+            recording[-1].replay = lambda: done.append(given)
+        else:
+            done.append(given)
+        return "out"
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, graph=graph,
+                 stream=contextlib.nullcontext, CUDAGraph=types.SimpleNamespace)  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphed = Graphed(function)
+    for call in range(1, WARM_UP + 5):
+        assert graphed(*flags) == "out" and done == [flags] * call
+    graphed(False)
+    assert done[-1] == (False,) and len(graphed.graphs) == 1  # other flags warm up for themselves
+
+
+def mage_terms(compiled):
+    mage = script("mage_td3")
+    torch.manual_seed(0)
+    norm = mage.Normaliser(3)
+    actor, (critic, target) = mage.Actor(norm, 1, 16), (mage.Critic(norm, 1, 16, 2) for _ in range(2))
+    model = mage.Dynamics(norm, 1, 16, 2, 4)  # its parameters want gradients, in vain here
+    model.delta_norm.std.fill_(0.1)
+    reward_of, terminated_at = reward_fn("Pendulum-v1"), termination_fn("Pendulum-v1")
+    obs, action = torch.randn(32, 3), torch.rand(32, 1) * 2 - 1
+    model_noise, noise = torch.randn_like(obs), 0.1 * torch.randn_like(action)
+
+    def step_target(action):
+        next_obs = model.sample(obs, action, model_noise)
+        step = (reward_of(obs, action, next_obs), next_obs, terminated_at(next_obs))
+        return mage.td_target(actor, target, *step, noise, 0.99)
+
+    loss = torch.compile(mage.mage_loss, fullgraph=True) if compiled else mage.mage_loss
+    terms = loss(critic, step_target, obs, action)
+    parameters, keep = list(critic.parameters()), dict(retain_graph=True, allow_unused=True)
+    grads = [torch.autograd.grad(term, parameters, **keep) for term in terms]
+    (terms[0] + terms[1]).backward()
+    return terms, grads, [p.grad for p in model.parameters()]
+
+
+def test_the_compiled_mage_loss_is_the_loss():
+    (terms, grads, others), (wanted, wanted_grads, _) = mage_terms(True), mage_terms(False)
+    torch.testing.assert_close(terms, wanted, rtol=1e-5, atol=1e-6)
+    for found, want in zip(grads, wanted_grads, strict=True):
+        for left, right in zip(found, want, strict=True):
+            right = torch.zeros_like(left) if right is None else right
+            torch.testing.assert_close(torch.zeros_like(right) if left is None else left, right,
+                                       rtol=1e-4, atol=1e-6)  # fmt: skip
+    assert all(grad is None for grad in others)
+
+
+@pytest.mark.parametrize("name", ["td3"])
+def test_a_compiled_run_learns_and_resumes(name, tmp_path):
+    whole = train(name, tmp_path / "whole", accelerate="compile", total_timesteps=24)
+    train(name, tmp_path / "parts", accelerate="compile", total_timesteps=22)
+    parts = train(name, tmp_path / "parts", accelerate="compile", total_timesteps=24, resume=True)
+    one, two = checkpoint(whole), checkpoint(parts)
+    (steps,) = {int(s["step"]) for s in one["critic_opt"]["state"].values()}
+    assert steps == 8
+    for network in ("actor", "critic", "critic_target", "model"):
+        assert all(torch.equal(one[network][key], two[network][key]) for key in one[network])
+
+
+def test_nothing_is_accelerated_unless_asked():
+    function = object()
+    assert accelerate(function, "none", torch.device("cpu")) is function
+
+
+@GPU
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_graph_gives_the_numbers_of_the_plain_run(name, tmp_path):
+    changes = dict(device="cuda", total_timesteps=60)
+    runs = (train(name, tmp_path / how, accelerate=how, **changes) for how in ("none", "graph"))
+    one, two = map(checkpoint, runs)
+    for network in ("actor", "critic", "critic_target"):
+        for key, value in one[network].items():
+            torch.testing.assert_close(two[network][key], value, rtol=1e-3, atol=1e-4)
