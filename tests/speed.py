@@ -1,116 +1,33 @@
-"""What an update costs on this machine: python -m tests.speed [--quick] [--threads N]
+"""What learning costs on this machine: python -m tests.speed [--quick] [--threads N] [--device cuda]
 
-Everything runs in turns in one process and the median is shown, so that ratios hold on a busy machine. Sizes
-are the paper's: batch 1024, 8 members of 4 x 512, critics and actor of 2 x 384, HalfCheetah's dimensions.
+Times are those of the scripts' own `update` and `train_model` at the paper's sizes on HalfCheetah-v4. What is
+compared runs in turns in one process and the median is shown, so that ratios hold on a busy machine.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from functools import partial
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import dyna_td3
 import maac_sac
-import mage_td3
-from common.rewards import reward_fn, termination_fn
+from common.accelerate import WARM_UP, accelerate
+from common.args import parse_args
+from common.evaluate import Evaluation
 from tests import naive
+from tests.blocks import blocks, fill
+from tests.conftest import ROOT, SCRIPTS, script
 
-B, DS, DA, K, GAMMA = 1024, 18, 6, 8, 0.99
-REWARD, TERMINATED = reward_fn("HalfCheetah-v4"), termination_fn("HalfCheetah-v4")
-
-
-class Nets:
-    def __init__(self):
-        norm = mage_td3.Normaliser(DS)
-        self.actor, self.actor_target = (mage_td3.Actor(norm, DA, 384) for _ in range(2))
-        self.critic, self.critic_target = (mage_td3.Critic(norm, DA, 384, 2) for _ in range(2))
-        self.model = mage_td3.Dynamics(norm, DA, 512, 4, K)
-        self.critic_opt, self.model_opt = mage_td3.radam(self.critic, 1e-4), mage_td3.radam(self.model, 1e-4)
-        self.actor_opt = mage_td3.radam(self.actor, 1e-4)
-
-    def draw(self):
-        obs = torch.randn(B, DS)
-        with torch.no_grad():
-            action = self.actor(obs)
-        return obs, action, torch.randn_like(obs), 0.2 * torch.randn_like(action)
-
-
-def step_target(n, obs, model_noise, target_noise):
-    def target(action):
-        next_obs = n.model.sample(obs, action, model_noise)
-        step = (REWARD(obs, action, next_obs), next_obs, TERMINATED(next_obs))
-        return mage_td3.td_target(n.actor_target, n.critic_target, *step, target_noise, GAMMA)
-
-    return target
-
-
-def mage(n):
-    obs, action, model_noise, target_noise = n.draw()
-    terms = mage_td3.mage_loss(n.critic, step_target(n, obs, model_noise, target_noise), obs, action)
-    mage_td3.descend(n.critic_opt, terms[0] + 0.2 * terms[1])
-    mage_td3.polyak(n.critic_target, n.critic, 0.005)
-
-
-def dyna(n):
-    obs, action, model_noise, target_noise = n.draw()
-    with torch.no_grad():
-        y = step_target(n, obs, model_noise, target_noise)(action)
-    mage_td3.descend(n.critic_opt, dyna_td3.td_loss(n.critic, obs, action, y))
-    mage_td3.polyak(n.critic_target, n.critic, 0.005)
-
-
-def transcription(n):
-    """The naive loss, an ordinary backward pass through everything, and one small update per parameter."""
-    obs, action, model_noise, target_noise = n.draw()
-    nets = (n.critic, n.actor_target, n.critic_target, n.model)
-    draws = (obs, action, torch.randint(K, (B,)), model_noise, target_noise)
-    terms = naive.mage_terms(*nets, REWARD, TERMINATED, *draws, GAMMA)
-    n.critic_opt.zero_grad()
-    (terms[0] + 0.2 * terms[1]).backward()
-    torch.nn.utils.clip_grad_value_(n.critic.parameters(), 5.0)
-    n.critic_opt.step()
-    with torch.no_grad():
-        for target, source in zip(n.critic_target.parameters(), n.critic.parameters(), strict=True):
-            target.data.copy_(0.995 * target + 0.005 * source)
-
-
-def actor(n):
-    obs = torch.randn(B, DS)
-    mage_td3.descend(n.actor_opt, mage_td3.actor_loss(n.actor, n.critic, obs))
-    mage_td3.polyak(n.actor_target, n.actor, 0.005)
-
-
-def model(n):
-    obs, action = torch.randn(K, 256, DS), torch.randn(K, 256, DA)
-    mage_td3.descend(n.model_opt, mage_td3.model_loss(n.model, obs, action, obs + 0.1)[0])
-
-
-
-class SoftNets:
-    """Actor, critics and model of maac_sac.py at the paper's sizes."""
-
-    def __init__(self):
-        args = maac_sac.Args()
-        self.actor, self.critic, self.critic_target, self.model = maac_sac.networks(args, DS, DA)
-        self.actor_opt, self.critic_opt = (maac_sac.adam(net, args.lr) for net in (self.actor, self.critic))
-        self.step = partial(maac_sac.imagine, self.model, REWARD, TERMINATED)
-
-    def update_actor(self, horizon, samples):
-        obs, nets = torch.randn(256, DS), (self.actor, self.critic, self.step)
-        loss, _ = maac_sac.actor_loss(*nets, 0.1, obs, GAMMA, horizon, samples)
-        maac_sac.descend(self.actor_opt, loss)
-
-    def update_critic(self, horizon, members):
-        obs, action, next_obs = torch.randn(256, DS), torch.randn(256, DA), torch.randn(256, DS)
-        outcome = torch.randn(256), next_obs, torch.zeros(256, dtype=torch.bool)
-        step = partial(self.step, shuffle=False)
-        targets = (self.actor, self.critic_target, step, 0.1, *outcome, GAMMA, horizon, members)
-        y, _ = maac_sac.soft_targets(*targets)
-        maac_sac.descend(self.critic_opt, maac_sac.critic_loss(self.critic, obs, action, y))
+ENV = ["--env-id", "HalfCheetah-v4"]
+CLEANRL = [*ENV, "--actor-hidden", "256", "--critic-hidden", "256", "--batch-size", "256"]
 
 
 class CountFlop(TorchDispatchMode):
@@ -125,58 +42,207 @@ class CountFlop(TorchDispatchMode):
         return out
 
 
-def table(title, make, jobs, turns):
-    """Prints milliseconds (median over turns, every job once in each) and GFLOP of the jobs -> seconds."""
-    nets, times, flop = {}, {name: [] for name in jobs}, {}
-    for name, job in jobs.items():
-        nets[name] = make()
-        job(nets[name])
-        with CountFlop() as counter:
-            job(nets[name])
-        flop[name] = counter.flop
-    for _ in range(turns):
+def gflop(job):
+    with CountFlop() as counter:
+        job()
+    return counter.flop / 1e9
+
+
+def seconds(jobs, turns, device):
+    """Median time of every job {name: function}, all of them once in each turn -> {name: seconds}."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = {name: [] for name in jobs}
+    for turn in range(turns + 1 + WARM_UP):
         for name, job in jobs.items():
+            if 0 < turn <= WARM_UP and device.type == "cpu":
+                continue  # one call warms a CPU up; it takes more until a graph is replayed
+            wait()
             start = time.perf_counter()
-            job(nets[name])
-            times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(times[name]) for name in jobs}
-    print(f"{title:46} {'ms':>9} {'GFLOP':>8} {'GFLOP/s':>8}")
-    for name, value in seconds.items():
-        print(f"{name:46} {1e3 * value:9.2f} {flop[name] / 1e9:8.2f} {flop[name] / 1e9 / value:8.1f}")
-    return seconds
+            job()
+            wait()
+            if turn > WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_rate(device):
+    """GFLOP/s of a product of two 1024 x 1024 matrices, the best of 30."""
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    return 2 * 1024**3 / 1e9 / min(seconds({i: lambda: a @ b for i in range(30)}, 1, device).values())
+
+
+def made(name, device, *argv):
+    functions, inside = blocks(name, [*ENV, *argv], device)
+    fill(inside)
+    return functions, inside
+
+
+def transcription(v):
+    """MAGE's critic update as it reads (tests/naive.py): an ordinary backward pass through everything, small
+    updates of each parameter. v: what `update` closes over."""
+    args, critic, target = v["args"], v["critic"], v["critic_target"]
+    obs = v["buffer"].sample(args.batch_size)[0]
+    with torch.no_grad():
+        action = v["actor"](obs)
+    member = torch.randint(args.ensemble_size, (len(obs),), device=obs.device)
+    noise = torch.randn_like(obs), 0.2 * torch.randn_like(action)
+    nets = (critic, v["actor_target"], target, v["model"], v["reward_of"], v["terminated_at"])
+    terms = naive.mage_terms(*nets, obs, action, member, *noise, args.gamma)
+    v["critic_opt"].zero_grad()
+    (terms[0] + args.lam * terms[1]).backward()
+    torch.nn.utils.clip_grad_value_(critic.parameters(), 5.0)
+    v["critic_opt"].step()
+    with torch.no_grad():
+        for slow, fast in zip(target.parameters(), critic.parameters(), strict=True):
+            slow.data.copy_((1 - args.tau) * slow + args.tau * fast)
+
+
+def maac_batch(v):
+    """A gradient step of MAAC's model, every member on 256 rows."""
+    if "model_opt" not in v:
+        v["model_opt"] = maac_sac.adam(v["model"], v["args"].model_lr)
+    obs, action, _, next_obs, _ = v["real"].sample(v["args"].ensemble_size, maac_sac.MODEL_BATCH)
+    maac_sac.descend(v["model_opt"], maac_sac.model_losses(v["model"], obs, action, next_obs).mean())
+
+
+def rest(name):
+    """Seconds of an environment step without learning: act, step, store, log, its share of evaluations."""
+    off = ["--updates-per-step", "0", "--learning-starts", "0", "--total-timesteps", "1000"]
+    off += {"td3": [], "maac_sac": ["--horizon", "0", "--no-steve", "--real-ratio", "1"]}.get(
+        name, ["--model-train-every", "1000000"])  # fmt: skip
+    return run(name, *ENV, *off)[0] / 1000
+
+
+def run(name, *argv):
+    """Trains in a folder that goes away -> seconds, the last line of train.csv as {column: text}."""
+    module = script(name)
+    with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stdout"), mock.patch("sys.stderr"):
+        args = parse_args(module.Args, module.PRESETS, [*argv, "--run-dir", f"{folder}/run"])
+        start = time.perf_counter()
+        module.train(args)
+        passed = time.perf_counter() - start
+        *_, last = Path(args.run_dir, "train.csv").read_text().splitlines()
+        names = Path(args.run_dir, "train.csv").read_text().splitlines()[0]
+    return passed, dict(zip(names.split(","), last.split(","), strict=True))
+
+
+def memory(name, device):
+    """Peak memory in MB of a process (on a GPU: of its tensors) that learns at the paper's sizes."""
+    command = [sys.executable, "-m", "tests.speed", "--memory", name, "--device", device.type]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+
+
+def print_memory(name, device):
+    functions, inside = made(name, device)
+    for _ in range(3):
+        for block, function in functions.items():
+            function(*[True] * (block == "update" and name != "maac_sac"))
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:  # not getrusage, which remembers the process that started this one
+        status = Path("/proc/self/status").read_text().split()
+        print(int(status[status.index("VmHWM:") + 1]) / 2**10)
+
+
+def learning(device, turns, ways, accelerated):
+    """The first table: every script, every way to accelerate it, MAGE's transcription."""
+    jobs, flop, args = {}, {}, {}
+    for name in SCRIPTS:
+        functions, inside = made(name, device)
+        args[name] = inside["args"]
+        for how in ways if name in accelerated else ["none"]:
+            fast = {block: accelerate(f, how, device) for block, f in functions.items()}
+            parts = {"model": fast["train_model"]} if "train_model" in fast else {}
+            if name == "maac_sac":
+                parts = {"model": lambda v=inside: maac_batch(v), "critic and actor": fast["update"]}
+            else:
+                parts |= {"critic": lambda f=fast: f["update"](False),
+                          "critic and actor": lambda f=fast: f["update"](True)}  # fmt: skip
+            jobs |= {(name, how, part): job for part, job in parts.items()}
+            flop |= {(name, part): gflop(job) for part, job in parts.items() if how == "none"}
+        if name == "mage_td3":
+            jobs[name, "naive", "critic"] = lambda v=inside: transcription(v)
+    found, rate = seconds(jobs, turns, device), matmul_rate(device)
+    print(f"a product of two 1024 x 1024 matrices: {rate:.0f} GFLOP/s\n")
+    print(f"{'script':10} {'accelerate':10} {'update':17} {'ms':>9} {'GFLOP':>7} {'of matmul':>9}")
+    for (name, how, part), value in found.items():
+        count = flop.get((name, part)) if how != "naive" else None
+        share = f"{count:7.2f} {count / value / rate:9.0%}" if count else ""
+        print(f"{name:10} {how:10} {part:17} {1e3 * value:9.2f} {share}")
+
+    def per_step(name, how):
+        a, t = args[name], {part: found[name, how, part] for n, h, part in found if (n, h) == (name, how)}
+        if name == "maac_sac":
+            return a.updates_per_step * t["critic and actor"]  # the fits of its model stop early: not counted
+        delayed = t["critic"] + (t["critic and actor"] - t["critic"]) / a.policy_delay
+        batches = a.model_batches / a.model_train_every * t["model"] if name != "td3" else 0
+        return a.updates_per_step * delayed + batches
+
+    head = f"{'an environment step':20} {'learning, ms':>12} {'all else':>9} {'share':>6} {'memory, MB':>10}"
+    print(f"\n{head}")
+    for name in SCRIPTS:
+        learn, other = per_step(name, "none"), rest(name)
+        size = memory(name, device)
+        share = other / (learn + other)
+        print(f"{name:20} {1e3 * learn:12.1f} {1e3 * other:9.2f} {share:6.1%} {size:10.0f}")
+    critic = {how: found["mage_td3", how, "critic"] for how in ("naive", *ways)}
+    print()
+    for how in ways:
+        print(f"MAGE's critic update, naive / {how}: {critic['naive'] / critic[how]:.1f}")
+    both = per_step("mage_td3", "none") / per_step("dyna_td3", "none")
+    print(f"MAGE / Dyna-TD3, learning in an environment step: {both:.2f}")
+
+
+def growth(device, turns):
+    """The second table: how MAGE's critic update and MAAC's update grow."""
+    series = {
+        ("mage_td3", "--batch-size"): (256, 512, 1024, 2048),
+        ("mage_td3", "--ensemble-size"): (1, 2, 4, 8, 16),
+        ("mage_td3", "--model-hidden"): (128, 256, 512, 1024),
+        ("mage_td3", "--critic-hidden"): (128, 256, 384, 512),
+        ("maac_sac", "--horizon"): (0, 1, 2, 4, 8),
+        ("maac_sac", "--num-samples"): (1, 2, 5, 10),
+    }
+    print("\nms of an update (MAGE: critic alone) with other sizes")
+    for (name, flag), values in series.items():
+        jobs = {}
+        for value in values:
+            function = made(name, device, flag, str(value), "--buffer-size", "10000")[0]["update"]
+            jobs[value] = function if name == "maac_sac" else lambda f=function: f(False)
+        found = seconds(jobs, turns, device)
+        print(f"{name:9} {flag:15}", "   ".join(f"{value}: {1e3 * t:.1f}" for value, t in found.items()))
+
+
+def cleanrl_sizes(device, steps):
+    """td3.py with CleanRL's TD3's sizes, one update per step, whole steps per second after the warm-up."""
+    nothing = Evaluation(np.zeros(1), np.zeros(1, int), False)
+    counts = ["--learning-starts", "200", "--eval-every", str(steps), "--total-timesteps", str(2 * steps)]
+    with mock.patch("common.run.evaluate", return_value=nothing):
+        _, last = run("td3", *CLEANRL, *counts, "--device", device.type)
+    print(f"\ntd3.py, batch 256, 2 x 256, one update per step: {float(last['steps_per_second']):.0f} steps/s")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a third of the turns")
+    parser.add_argument("--quick", action="store_true", help="fewer turns; only MAGE compiled; no growth")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", choices=SCRIPTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    device = torch.device(args.device)
+    if args.memory:
+        print_memory(args.memory, device)
+        return
     turns = 3 if args.quick else 9
-    print(f"torch {torch.__version__}, {args.threads} thread(s), median of {turns} turns\n")
-    jobs = {
-        "MAGE critic update, naive transcription": transcription,
-        "MAGE critic update": mage,
-        "Dyna-TD3 critic update": dyna,
-        "actor update": actor,
-        "model batch (8 x 256)": model,
-    }
-    slow, fast, td, pi, batch = table("TD3 family", Nets, jobs, turns).values()
-    training = 120 / 25 * batch + 10 / 2 * pi  # per environment step, the same in both
-    whole = (10 * fast + training) / (10 * td + training)
-    print(f"\nnaive / ours, MAGE critic update {slow / fast:.1f}")
-    print(f"MAGE / Dyna-TD3, critic update {fast / td:.2f}; environment step, all learning {whole:.2f}\n")
-
-    jobs = {
-        "SAC actor update (H = 0, 1 sample)": lambda n: n.update_actor(0, 1),
-        "MAAC actor update (H = 4, 5 samples)": lambda n: n.update_actor(4, 5),
-        "SAC critic update": lambda n: n.update_critic(0, 1),
-        "STEVE critic update (H = 2, 8 members)": lambda n: n.update_critic(2, 8),
-    }
-    sac_actor, maac_actor, sac_critic, steve = table("MAAC, batch 256", SoftNets, jobs, 10 * turns).values()
-    print(f"\nMAAC / SAC, actor update {maac_actor / sac_actor:.1f}")
-    print(f"STEVE / SAC, critic update {steve / sac_critic:.1f}")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
+    print(f"torch {torch.__version__}, {where}, median of {turns} turns")
+    ways = ["none", "compile"] + (["graph"] if device.type == "cuda" else [])
+    learning(device, turns, ways, ["mage_td3"] if args.quick else SCRIPTS)
+    cleanrl_sizes(device, 300 if args.quick else 1000)
+    if not args.quick:
+        growth(device, turns)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.accelerate import WARM_UP, Graphed, accelerate
-from common.args import parse_args
 from common.rewards import reward_fn, termination_fn
-from tests.conftest import SCRIPTS, TD3, checkpoint, script, tiny, train
+from tests.blocks import blocks
+from tests.conftest import DYNA, SCRIPTS, TD3, checkpoint, script, tiny, train
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
@@ -40,39 +40,21 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Ready(Exception):
-    """The functions are defined, nothing was run."""
-
-
 @pytest.fixture
-def blocks(monkeypatch):
-    """A function that gives the accelerated functions of a script on the meta device, without PyTorch's own
-    foreach functions and optimisers, which that device has not; on a GPU they are capturable."""
-
-    def of(name, **changes):
-        module, found = script(name), []
-        monkeypatch.setattr(module, "prepare", lambda args: torch.device("meta"))
-        monkeypatch.setattr(module, "accelerate", lambda f, how, device: found.append(f) or f)
-
-        def run(*args):
-            raise Ready
-
-        monkeypatch.setattr(module, "Run", run)
-        for optimizer in (torch.optim.RAdam, torch.optim.Adam):
-            monkeypatch.setattr(optimizer, "step", lambda self: None)
-        monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors, **kwargs: tensors[0].norm())
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", lambda *args, **kwargs: None)
-        with contextlib.suppress(Ready):
-            module.train(parse_args(module.Args, module.PRESETS, tiny(name, **changes)))
-        return {f.__name__: f for f in found}
-
-    return of
+def without_foreach(monkeypatch):
+    """The meta device lacks PyTorch's own foreach functions and optimisers; on a GPU they are capturable."""
+    for optimizer in (torch.optim.RAdam, torch.optim.Adam):
+        monkeypatch.setattr(optimizer, "step", lambda self: None)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors, **kwargs: tensors[0].norm())
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "Pusher-v4", "Hopper-v4", "Humanoid-v4"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_no_update_waits_for_the_device(name, env_id, blocks):
-    for block, function in blocks(name, env_id=env_id, batch_size=16).items():
+def test_no_update_waits_for_the_device(name, env_id, without_foreach):
+    functions, _ = blocks(name, tiny(name, env_id=env_id, batch_size=16), torch.device("meta"))
+    assert len(functions) == (2 if name in DYNA else 1)
+    for block, function in functions.items():
         for flags in [(False,), (True,)] if block == "update" and name in TD3 else [()]:
             with Watch() as watch:
                 function(*flags)
