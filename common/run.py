@@ -42,7 +42,7 @@ class Run:
     def __init__(self, args, script, state, device):
         self.args, self.script, self.state, self.device = args, Path(script).name, state, device
         self.folder = run_folder(args, script)
-        self.step, self.seconds, self.last_return, self.stop = 0, 0.0, math.nan, None
+        self.step, self.saved_step, self.seconds, self.last_return, self.stop = 0, 0, 0.0, math.nan, None
         self.tables = {"eval": [], "train": []}  # the rows of the CSV files
         self.starts = []  # one entry for each time the run was started: step, versions, revision
         self.pending = {}  # name: tensor on the device, sum of this step's records
@@ -55,6 +55,7 @@ class Run:
             stack.callback(self.claim().release)
             if self.args.resume and newest(self.folder):
                 self.load()
+            self.saved_step = self.step
             self.starts.append({"step": self.step, **provenance()})
             self.write_args()
             for name, rows in self.tables.items():  # what came after the checkpoint comes again
@@ -71,7 +72,7 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
             self.started = self.saved = self.logged = time.monotonic()
-            self.logged_step = self.saved_step = self.step
+            self.logged_step = self.step
             self.closing = stack.pop_all()
         return self
 
@@ -111,7 +112,7 @@ class Run:
     def write_args(self):
         """What somebody needs to repeat the run."""
         text = dict(script=self.script, args=dataclasses.asdict(self.args), device=str(self.device),
-                    threads=torch.get_num_threads(), starts=self.starts)  # fmt: skip
+                    threads=torch.get_num_threads(), starts=self.starts, step=self.saved_step)  # fmt: skip
         text |= {name: self.starts[0][name] for name in ("versions", "revision")}
         write_whole(self.folder / "args.json", lambda file: file.write(json.dumps(text, indent=2).encode()))
 
@@ -205,6 +206,7 @@ class Run:
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         write_whole(self.folder / NEWEST, lambda file: torch.save(whole, file), keep=PREVIOUS)
         self.saved, self.saved_step = time.monotonic(), self.step
+        self.write_args()
 
     def load(self):
         path = newest(self.folder)
