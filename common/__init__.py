@@ -1,6 +1,11 @@
 """Knowledge about environments and about runs; nothing here knows which algorithm is running."""
 
 
+def one_line(error):
+    """What an exception says, as a part of a sentence: "ValueError: why"."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+
+
 class BadInput(ValueError):
     """What the user asked for cannot be done: one sentence that names the flag and the fix (exit code 2)."""
 

@@ -61,7 +61,7 @@ def main(train, Args, presets):
     except (BadInput, Fault) as error:
         if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
             traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
         if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common import BadInput
 from common.args import parse_args
-from common.run import run_folder
+from common.files import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")

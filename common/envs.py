@@ -17,7 +17,7 @@ from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
-from common import BadInput, Fault
+from common import BadInput, Fault, one_line
 
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 RUNNERS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")  # v4 and v5
@@ -90,6 +90,14 @@ def _clip(action, space):
     return np.clip(action, space.low, space.high).astype(space.dtype)
 
 
+def call(env_id, method, *args, **kwargs):
+    """What an environment's method returns; Fault if it raises: it is somebody's code, all may happen."""
+    try:
+        return method(*args, **kwargs)
+    except Exception as error:
+        raise Fault(f"{env_id} failed in {method.__name__} ({one_line(error)})") from error
+
+
 class PrependXVelocity(gym.Wrapper):
     """Observation (ds,) becomes (1 + ds,): first the mean x velocity over the last step, m/s, 0 at reset."""
 
@@ -128,16 +136,14 @@ class Resumable(gym.Wrapper):
     def step(self, action):
         self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
         self.obs, reward, *rest = self._call(self.env.step, self._actions[-1])
-        if np.shape(reward) or not np.isfinite(reward):
+        if np.shape(reward):
+            raise Fault(f"the reward of {self.spec.id} has shape {np.shape(reward)}, it is not a number")
+        if not np.isfinite(reward):
             raise Fault(f"the reward of {self.spec.id}, {reward}, is not a finite number")
         return self.obs, reward, *rest
 
     def _call(self, method, *args, **kwargs):
-        try:
-            obs, *rest = method(*args, **kwargs)
-        except Exception as error:  # it is somebody's code: anything may happen
-            what = f"{self.spec.id} failed in {method.__name__}"
-            raise Fault(f"{what} ({type(error).__name__}: {error})") from error
+        obs, *rest = call(self.spec.id, method, *args, **kwargs)
         if obs.shape != self.observation_space.shape:
             raise Fault(f"an observation of {self.spec.id} has shape {obs.shape}, not what its space says")
         if not np.isfinite(obs).all():

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import tyro
 
-from common import BadInput, Fault
-from common.envs import make_env
-from common.files import NEWEST, newest, read_checkpoint
+from common import BadInput, Fault, one_line
+from common.envs import call, make_env
+from common.files import NEWEST, fitting, newest, read_checkpoint
 
 MAX_STEPS = 10_000  # an episode without end is cut here
 
@@ -62,13 +62,13 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
     """
     envs = gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * episodes)
     try:
-        obs, _ = envs.reset(seed=[seed + i for i in range(episodes)])
+        obs, _ = call(env_id, envs.reset, seed=[seed + i for i in range(episodes)])
         returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
         while alive.any() and lengths.max() < max_steps:
             action = policy(obs)
             if not np.isfinite(action).all():
                 raise Fault("an action of the evaluated policy is not finite")
-            obs, reward, terminated, truncated, _ = envs.step(action)
+            obs, reward, terminated, truncated, _ = call(env_id, envs.step, action)
             if not np.isfinite(reward[alive]).all():
                 raise Fault("a reward of the evaluation is not finite")
             returns[alive] += reward[alive]
@@ -85,10 +85,10 @@ def film(policy, env_id, path, seed=0):
         env = make_env(env_id, render_mode="rgb_array")
         obs, _ = env.reset(seed=seed)
         frames, total, done = [env.render()], 0.0, False
-    except BadInput:
-        raise
+        if frames[0] is None:
+            raise ValueError("it draws nothing")
     except Exception as error:  # each library that draws fails in its own way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(error.__cause__ or error)  # make_env's own words are about --env-id
         fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
         raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
     while not done and len(frames) < MAX_STEPS:
@@ -126,7 +126,7 @@ def load_script(run_dir):
         script = Path(__file__).parent.parent / Path(name).name  # a file of ours, whatever the folder says
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path} is damaged: it does not name script and environment.") from None
-    if not script.is_file():
+    if script.suffix != ".py" or not script.is_file():
         raise BadInput(f"{path} names {name}, which is not beside common/: put it there.")
     spec = importlib.util.spec_from_file_location("script", script)
     module = importlib.util.module_from_spec(spec)
@@ -139,17 +139,20 @@ def main(args):
     """Prints the mean return of a run's policy and the 95% confidence interval of the mean."""
     if args.episodes < 2:
         raise BadInput(f"--episodes {args.episodes}: give at least 2, for a confidence interval.")
-    if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()):
+    if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()
+                           and not args.video.is_dir()):
         raise BadInput(f"--video {args.video}: give the name of a GIF file in a folder that exists.")
     script, env_id = load_script(args.run_dir)
     torch.manual_seed(0)  # a planner draws
-    policy = script.load_policy(args.run_dir, plan=args.plan)
+    with fitting(args.run_dir):
+        policy = script.load_policy(args.run_dir, plan=args.plan)
     if args.video:
         total, steps = film(policy, env_id, args.video, seed=10**6)
         print(f"{args.video}: an episode of {steps} steps, return {total:.2f}")
-    returns = evaluate(policy, env_id, args.episodes, seed=10**6).returns
+    result = evaluate(policy, env_id, args.episodes, seed=10**6)
+    returns, cut = result.returns, "; episodes without end were cut" if result.cut else ""
     half = 1.96 * returns.std(ddof=1) / np.sqrt(len(returns))
-    print(f"return {returns.mean():.2f} +- {half:.2f} (95%) over {args.episodes} episodes")
+    print(f"return {returns.mean():.2f} +- {half:.2f} (95%) over {args.episodes} episodes{cut}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gymnasium
@@ -14,9 +14,14 @@ import mujoco
 import numpy as np
 import torch
 
-from common import BadInput, Fault
+from common import BadInput, Fault, one_line
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+def run_folder(args, script):
+    name = args.exp_name or Path(script).stem
+    return Path(args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}"))
 
 
 def write_whole(path, write, keep=None):
@@ -72,6 +77,17 @@ def read_checkpoint(path):
         way = f"rename {PREVIOUS} to {NEWEST} to go on from the one before, or " if older else ""
         fix = f"{way}start anew with another --run-dir"
         raise BadInput(f"{path} is damaged or no checkpoint of these scripts: {fix}.") from None
+
+
+@contextmanager
+def fitting(path):
+    """What does not fit while parts of a checkpoint are loaded is BadInput."""
+    try:
+        yield
+    except (BadInput, Fault):  # they are among those below, and say more
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} does not fit these networks ({one_line(error)}).") from None
 
 
 def provenance():

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,19 +22,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import BadInput, Fault
+from common import BadInput, Fault, files
 from common.args import flag
 from common.evaluate import evaluate
-from common.files import NEWEST, PREVIOUS, newest, provenance, read_checkpoint, write_table, write_whole
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
 MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name")  # when a run is resumed
 SAVED = ("step", "last_return", "sums", "counts", "tables", "starts")  # of a Run, in its checkpoint
-
-
-def run_folder(args, script):
-    name = args.exp_name or Path(script).stem
-    return Path(args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}"))
 
 
 class Run:
@@ -41,7 +36,7 @@ class Run:
 
     def __init__(self, args, script, state, device):
         self.args, self.script, self.state, self.device = args, Path(script).name, state, device
-        self.folder = run_folder(args, script)
+        self.folder = files.run_folder(args, script)
         self.step, self.saved_step, self.seconds, self.last_return, self.stop = 0, 0, 0.0, math.nan, None
         self.tables = {"eval": [], "train": []}  # the rows of the CSV files
         self.starts = []  # one entry for each time the run was started: step, versions, revision
@@ -51,30 +46,40 @@ class Run:
         self.weights = {f"{name}.{n}": p for name, net in nets.items() for n, p in net.named_parameters()}
 
     def __enter__(self):
-        with ExitStack() as stack:
-            stack.callback(self.claim().release)
-            if self.args.resume and newest(self.folder):
-                self.load()
-            self.saved_step = self.step
-            self.starts.append({"step": self.step, **provenance()})
-            self.write_args()
-            for name, rows in self.tables.items():  # what came after the checkpoint comes again
-                (self.folder / f"{name}.csv").unlink(missing_ok=True)
-                if rows:
-                    write_table(self.folder / f"{name}.csv", rows)
-            from torch.utils.tensorboard import SummaryWriter  # a second to import: not for bad input
-
-            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-            total = self.args.total_timesteps
-            self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
-            for close in (self.writer.close, self.bar.close, self.state["env"].close):
-                stack.callback(close)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
-            self.started = self.saved = self.logged = time.monotonic()
-            self.logged_step = self.step
-            self.closing = stack.pop_all()
+        self.closing = ExitStack()
+        try:
+            self.open(self.closing.callback)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
         return self
+
+    def open(self, at_the_end):
+        at_the_end(self.state["env"].close)
+        at_the_end(self.claim().release)
+        if self.args.resume and files.newest(self.folder):
+            self.load()
+        self.starts.append({"step": self.step, **files.provenance()})
+        self.write_args()
+        for name, rows in self.tables.items():  # what came after the checkpoint comes again
+            if rows:
+                files.write_table(self.folder / f"{name}.csv", rows)
+            else:
+                (self.folder / f"{name}.csv").unlink(missing_ok=True)
+        from torch.utils.tensorboard import SummaryWriter  # a second to import: not for bad input
+
+        hook = threading.excepthook  # TensorBoard's thread hands its OSError on: it need not print it
+        threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or hook(failed)
+        at_the_end(setattr, threading, "excepthook", hook)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        at_the_end(self.writer.close)
+        total = self.args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+        at_the_end(self.bar.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
+        self.started = self.saved = self.logged = time.monotonic()
+        self.logged_step = self.step
 
     def __exit__(self, kind, error, trace):
         try:
@@ -114,7 +119,8 @@ class Run:
         text = dict(script=self.script, args=dataclasses.asdict(self.args), device=str(self.device),
                     threads=torch.get_num_threads(), starts=self.starts, step=self.saved_step)  # fmt: skip
         text |= {name: self.starts[0][name] for name in ("versions", "revision")}
-        write_whole(self.folder / "args.json", lambda file: file.write(json.dumps(text, indent=2).encode()))
+        text = json.dumps(text, indent=2).encode()
+        files.write_whole(self.folder / "args.json", lambda file: file.write(text))
 
     def on_signal(self, number, frame):
         """The first signal ends the run at the next step boundary, after saving; the second one at once."""
@@ -136,8 +142,8 @@ class Run:
                 self.log()
             if self.stop or time.monotonic() - self.saved > self.args.checkpoint_every:
                 self.save()
-            if self.stop:
-                sys.exit(128 + self.stop)
+                if self.stop:  # a signal that comes after the line above waits for the next step
+                    sys.exit(128 + self.stop)
         self.save()
 
     # --- log ---
@@ -164,7 +170,7 @@ class Run:
 
     def write_row(self, name, row):
         self.tables[name] = [r for r in self.tables[name] if r["step"] < self.step] + [row]  # each step once
-        write_table(self.folder / f"{name}.csv", self.tables[name])
+        files.write_table(self.folder / f"{name}.csv", self.tables[name])
 
     def log(self):
         """A line of train.csv."""
@@ -204,13 +210,18 @@ class Run:
                       rng=torch.get_rng_state())  # fmt: skip
         if self.device.type == "cuda":
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        write_whole(self.folder / NEWEST, lambda file: torch.save(whole, file), keep=PREVIOUS)
+        path = self.folder / files.NEWEST
+        files.write_whole(path, lambda file: torch.save(whole, file), keep=files.PREVIOUS)
         self.saved, self.saved_step = time.monotonic(), self.step
         self.write_args()
 
     def load(self):
-        path = newest(self.folder)
-        whole = read_checkpoint(path)
+        path = files.newest(self.folder)
+        whole = files.read_checkpoint(path)
+        missing = [name for name in ("device", "seconds", "rng", *SAVED, *self.state) if name not in whole]
+        if missing:
+            raise BadInput(f"--resume: {path} has no {missing[0]}, another version of this script wrote it: "
+                           "use that one, or another --run-dir.")  # fmt: skip
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
@@ -218,20 +229,20 @@ class Run:
         if names:
             changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
             raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
-        then, now = whole["starts"][-1]["versions"], provenance()["versions"]
+        then, now = whole["starts"][-1]["versions"], files.provenance()["versions"]
         names = [name for name in now if now[name] != then.get(name)]
         changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
         if changed:
             tqdm.write(f"--resume: {changed}; from here on the numbers may be others.", file=sys.stderr)
         try:
-            for name, part in self.state.items():
-                part.load_state_dict(whole[name])
+            with files.fitting(path):
+                for name, part in self.state.items():
+                    part.load_state_dict(whole[name])
         except Fault as error:  # the environment's
             raise BadInput(f"--resume: {error} ({changed or 'with the same versions'}).") from None
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise BadInput(f"--resume: {path} does not fit these networks ({error}).") from None
         for name in ("seconds", *SAVED):
             setattr(self, name, whole[name])
+        self.saved_step = self.step
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(whole["cuda_rng"], self.device)
