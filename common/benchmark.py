@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import BadInput
 from common.args import parse_args
 from common.files import run_folder
+from common.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")
@@ -46,7 +47,7 @@ class Job:
     script: str
     argv: list[str]
     folder: str
-    total: int
+    settings: dict
 
 
 def plan(args, flags):
@@ -63,13 +64,19 @@ def plan(args, flags):
                 if chosen.run_dir:
                     raise BadInput("--run-dir: every run has a folder of its own; give --exp-name.")
                 folder = run_folder(chosen, script)
-                jobs.append(Job(script, argv, str(folder.absolute()), chosen.total_timesteps))
+                jobs.append(Job(script, argv, str(folder.absolute()), asdict(chosen)))
     return jobs
 
 
 def finished(job):
+    """Whether a run with these settings has come to its end; one with other settings fails, and says so."""
     path = Path(job.folder, "args.json")
-    return path.exists() and json.loads(path.read_text())["step"] >= job.total
+    if not path.exists():
+        return False
+    run = json.loads(path.read_text())
+    fixed = {name: value for name, value in job.settings.items() if name not in MAY_CHANGE}
+    same = all(run["args"].get(name) == value for name, value in fixed.items())
+    return same and run["step"] >= job.settings["total_timesteps"]
 
 
 def execute(job, folder, log):

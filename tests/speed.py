@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
@@ -116,7 +118,7 @@ def rest(name):
 def run(name, *argv):
     """Trains in a folder that goes away -> seconds, the last line of train.csv as {column: text}."""
     module = script(name)
-    with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stdout"), mock.patch("sys.stderr"):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         args = parse_args(module.Args, module.PRESETS, [*argv, "--run-dir", f"{folder}/run"])
         start = time.perf_counter()
         module.train(args)

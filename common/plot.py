@@ -1,0 +1,154 @@
+"""Learning curves over seeds, as a figure and as a table.
+
+    python -m common.plot runs tests/reference/laptop/Pendulum-v1 -o pendulum.png
+
+RUNS are folders (of one run, or above many) or CSV files; <env-id>/<name>/seed-<n> in their paths says what
+belongs together: a panel for each environment, in it a line for each name with a 95% confidence interval over
+the seeds. Thin dashed lines are published curves of the same environment (any version of it).
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+import numpy as np
+import tyro
+
+from common import BadInput
+
+matplotlib.use("Agg")  # no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+PUBLISHED = Path(__file__).parent.parent / "tests/reference/published_curves.csv"
+STUDENT = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 97.5%, by degrees of freedom
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[list[str]]  # folders or CSV files
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"  # the figure
+    statistic: Literal["mean", "median"] = "mean"  # over seeds; MAGE's figure 8 has the median
+    smooth: int = 1  # evaluations in a running mean; 25 in MAGE's figures
+    time: bool = False  # against wall-clock minutes, not environment steps
+    published: bool = True  # with the published curves that there are
+    last_step: int | None = None  # cut the curves there
+
+
+def read(paths):
+    """-> {env_id: {name: [(steps, returns, seconds) of each seed]}}, arrays (evaluations,)."""
+    found = {}
+    files = []
+    for path in map(Path, paths):
+        inside = [*path.rglob("eval.csv"), *path.rglob("seed-*.csv")] if path.is_dir() else [path]
+        files += [file for file in inside if file.is_file()]
+    for file in sorted(set(files)):
+        run = file.parent if file.name == "eval.csv" else file
+        rows = list(csv.DictReader(file.open(newline="")))
+        if not rows or not {"step", "return_mean", "seconds"} <= set(rows[0]):
+            raise BadInput(f"{file} is not an eval.csv: its columns should be step, return_mean, seconds.")
+        columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
+        *_, env_id, name, _ = run.absolute().parts
+        found.setdefault(env_id, {}).setdefault(name, []).append(columns)
+    if not found:
+        raise BadInput(f"{' '.join(paths)}: no eval.csv and no seed-*.csv there; name folders of runs.")
+    return found
+
+
+def smoothed(values, window):
+    """Mean over the last `window` evaluations, of fewer at the beginning."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    index = np.arange(1, len(values) + 1)
+    start = np.maximum(index - window, 0)
+    return (sums[index] - sums[start]) / (index - start)
+
+
+def together(seeds, args):
+    """Curves of several seeds at common places -> x (n,), returns (seeds, n)."""
+    cut = [s[0] <= args.last_step if args.last_step else slice(None) for s in seeds]
+    curves = [(s[2] / 60 if args.time else s[0], smoothed(s[1], args.smooth)) for s in seeds]
+    curves = [(x[c], y[c]) for (x, y), c in zip(curves, cut, strict=True)]
+    last = min(x[-1] for x, _ in curves)  # as far as every seed has come
+    places = curves[0][0] if not args.time else np.linspace(0, last, 200)
+    places = places[places <= last]
+    return places, np.stack([np.interp(places, x, y) for x, y in curves])
+
+
+def middle(values, statistic):
+    """(seeds, n) -> mean or median (n,) and its 95% confidence interval (2, n); NaN with one seed.
+
+    Student's t for the mean, 2000 bootstrap samples for the median.
+    """
+    n = len(values)
+    if statistic == "median":
+        draws = np.random.default_rng(0).integers(n, size=(2000, n))
+        medians = np.median(values[draws], 1)
+        return np.median(values, 0), np.quantile(medians, [0.025, 0.975], 0)
+    mean = values.mean(0)
+    if n == 1:
+        return mean, np.full((2, len(mean)), np.nan)
+    t = STUDENT[n - 1] if n <= len(STUDENT) else 1.96 + 2.4 / (n - 1)
+    half = t * values.std(0, ddof=1) / np.sqrt(n)
+    return mean, np.stack([mean - half, mean + half])
+
+
+def published(env_id):
+    """{algorithm: (steps, returns)} of any version of an environment."""
+    found = {}
+    for row in csv.DictReader(PUBLISHED.open(newline="")):
+        if row["env"].rsplit("-", 1)[0] == env_id.rsplit("-", 1)[0]:
+            found.setdefault(row["algorithm"], []).append((float(row["step"]), float(row["return_mean"])))
+    return {name: np.array(points).T for name, points in found.items()}
+
+
+def main(args):
+    if args.smooth < 1:
+        raise BadInput(f"--smooth {args.smooth}: give at least 1, which leaves the curves as they are.")
+    found = read(args.runs)
+    names = sorted({name for runs in found.values() for name in runs})
+    colour = {name: plt.cm.tab10(i % 10) for i, name in enumerate(names)}
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    print("| environment | run | seeds | at the end | best evaluation of the mean, +- std over seeds |")
+    print("|---|---|---|---|---|")
+    for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
+        far = 0.0
+        for name, seeds in runs.items():
+            x, values = together(seeds, args)
+            line, (low, high) = middle(values, args.statistic)
+            far = max(far, x[-1])
+            panel.plot(x, line, color=colour[name], label=f"{name} ({len(seeds)})", lw=1.8)
+            panel.fill_between(x, low, high, color=colour[name], alpha=0.15, lw=0)
+            best = values.mean(0).argmax()  # the maximum average return of MAGE's table 1
+            half = f" +- {(high - low)[-1] / 2:.1f}" if len(seeds) > 1 else ""
+            top = f"{values.mean(0)[best]:.1f} +- {values.std(0, ddof=min(1, len(seeds) - 1))[best]:.1f}"
+            at = f"{x[best]:.1f} min" if args.time else f"step {x[best]:.0f}"
+            print(f"| {env_id} | {name} | {len(seeds)} | {line[-1]:.1f}{half} | {top} at {at} |")
+        if args.published and not args.time:
+            for name, (steps, returns) in published(env_id).items():
+                within = steps <= far
+                if within.sum() > 1:
+                    label = f"{name}, published"
+                    panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
+        panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel="return")
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=7)
+    for panel in panels.flat[len(found) :]:
+        panel.axis("off")
+    figure.tight_layout()
+    try:
+        figure.savefig(args.output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--output {args.output} cannot be written ({error}).") from None
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,167 @@
+"""Sweeps and figures: every run is its own process, what is done is skipped, what fails is said."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common.plot
+from common import BadInput
+from common.benchmark import main
+from tests.conftest import ROOT, checkpoint, tiny
+
+FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
+SWEEP = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "ContinuousCartPole-v1", "--seeds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def steps(run):
+    return [row["step"] for row in csv.DictReader(Path("runs", run, "eval.csv").open(newline=""))]
+
+
+def test_a_sweep_runs_everything_once(capsys):
+    assert main([*SWEEP, "--workers", "2", "--", *FLAGS]) == 0
+    runs = [f"{env_id}/td3/seed-{seed}" for env_id in ("Pendulum-v1", "ContinuousCartPole-v1") for seed in (0, 1)]
+    for run in runs:
+        args = json.loads(Path("runs", run, "args.json").read_text())["args"]
+        assert steps(run) == ["0", "20", "40"] and args["actor_hidden"] == 8
+        assert (args["env_id"].split("/")[-1], args["seed"]) == (run.split("/")[0], int(run[-1]))
+        assert Path(f"runs/{run}.log").read_text().count("return") >= 3
+    assert "4 runs done, 0 failed" in capsys.readouterr().out
+    times = {run: Path("runs", run, "checkpoint.pt").stat().st_mtime_ns for run in runs}
+    assert main([*SWEEP, "--", *FLAGS]) == 0
+    assert "4 of them finished before" in capsys.readouterr().out
+    assert times == {run: Path("runs", run, "checkpoint.pt").stat().st_mtime_ns for run in runs}
+
+
+def test_a_longer_sweep_goes_on_and_other_settings_fail(capsys):
+    one = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "--seeds", "1", "--", *FLAGS]
+    assert main(one) == 0
+    assert main([*one, "--total-timesteps", "60"]) == 0
+    assert steps("Pendulum-v1/td3/seed-0") == ["0", "20", "40", "60"]
+    capsys.readouterr()
+    assert main([*one, "--total-timesteps", "60", "--lr", "0.5"]) == 1
+    out = capsys.readouterr().out
+    assert "1 failed" in out and "--lr" in out and checkpoint("runs/Pendulum-v1/td3/seed-0")["step"] == 60
+
+
+def test_one_failure_does_not_stop_the_others(capsys):
+    Path("runs/Pendulum-v1/td3").mkdir(parents=True)
+    Path("runs/Pendulum-v1/td3/seed-0").write_text("a file is in the way")
+    assert main([*SWEEP, "--", *FLAGS]) == 1
+    out = capsys.readouterr().out
+    assert "3 runs done, 1 failed" in out and "--run-dir" in out
+    assert steps("ContinuousCartPole-v1/td3/seed-1") == ["0", "20", "40"]
+
+
+@pytest.mark.parametrize("argv, hint", [
+    (["--scripts", "nope", "--env-ids", "Pendulum-v1"], "nope.py"),
+    ([*SWEEP, "--", "--run-dir", "here"], "--exp-name"),
+    ([*SWEEP, "--ray", "ray://nowhere.invalid:10001", "--", *FLAGS], "--ray"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_anything_runs(argv, hint):
+    with pytest.raises(BadInput, match=hint):
+        main(argv)
+    assert not Path("runs").exists()
+
+
+def test_a_flag_that_no_script_has_is_refused():
+    with pytest.raises(SystemExit) as stop:
+        main([*SWEEP, "--", "--horizont", "3"])
+    assert stop.value.code == 2 and not Path("runs").exists()
+
+
+def test_a_sweep_that_is_interrupted_goes_on():
+    flags = [*FLAGS, "--total-timesteps", "3000", "--eval-every", "1000"]
+    command = [sys.executable, "-m", "common.benchmark", "--scripts", "td3", "--env-ids", "Pendulum-v1",
+               "--seeds", "1", "--", *flags]  # fmt: skip
+    run = Path("runs/Pendulum-v1/td3/seed-0")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (run / "eval.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert process.wait(30) == 130 and checkpoint(run)["step"] < 3000
+    assert main(command[3:]) == 0
+    assert steps("Pendulum-v1/td3/seed-0") == ["0", "1000", "2000", "3000"]
+
+
+def test_a_sweep_on_ray(capsys):
+    """On a cluster of one machine; the files come back, and a second start finds them."""
+    pytest.importorskip("ray")
+    sweep = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "--seeds", "2", "--ray", "local", "--", *FLAGS]
+    assert main(sweep) == 0
+    for seed in range(2):
+        assert steps(f"Pendulum-v1/td3/seed-{seed}") == ["0", "20", "40"]
+        assert json.loads(Path(f"runs/Pendulum-v1/td3/seed-{seed}/args.json").read_text())["args"]["seed"] == seed
+        assert Path(f"runs/Pendulum-v1/td3/seed-{seed}/train.csv").exists()
+    capsys.readouterr()
+    assert main(sweep) == 0 and "2 of them finished before" in capsys.readouterr().out
+    assert main([*sweep, "--lr", "0.5"]) == 1  # elsewhere there is no run to refuse it: see what it says
+    assert "other settings" in capsys.readouterr().out
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+def write(path, steps, returns, seconds=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(steps, returns, seconds or steps, strict=True)
+    path.write_text("step,return_mean,seconds\n" + "".join(f"{s},{r},{t}\n" for s, r, t in rows))
+
+
+def test_a_figure_and_its_table(capsys):
+    for seed, shift in enumerate((0, 3, 6)):
+        write(Path(f"runs/Hopper-v4/a/seed-{seed}/eval.csv"), [0, 1000, 2000], [shift, 10 + shift, 4 + shift])
+    write(Path("ref/Hopper-v4/b/seed-0.csv"), [0, 1000], [1, 2])
+    common.plot.main(common.plot.Args(["runs", "ref"], "figure.png"))
+    assert Path("figure.png").read_bytes()[:4] == b"\x89PNG"
+    a, b = capsys.readouterr().out.splitlines()[2:]
+    # mean 7, deviation 3, Student's t with 2 degrees of freedom 4.30
+    assert "| Hopper-v4 | a | 3 | 7.0 +- 7.4 | 13.0 +- 3.0 at step 1000 |" == a
+    assert "| Hopper-v4 | b | 1 | 2.0 | 2.0 +- 0.0 at step 1000 |" == b
+
+
+def test_curves_are_compared_where_all_seeds_are():
+    args = common.plot.Args([])
+    seeds = [[np.array(x, float) for x in (s, r, s)] for s, r in (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))]
+    x, values = common.plot.together(seeds, args)
+    assert x.tolist() == [0, 10] and values.tolist() == [[0, 1], [4, 6]]
+
+
+def test_the_running_mean_looks_back_only():
+    assert common.plot.smoothed(np.array([4.0, 2.0, 0.0, 6.0]), 2).tolist() == [4, 3, 1, 3]
+    assert common.plot.smoothed(np.array([4.0, 2.0]), 25).tolist() == [4, 3]
+
+
+def test_the_median_is_not_moved_by_one_seed():
+    values = np.array([[1.0], [2.0], [3.0], [4.0], [1000.0]])
+    line, (low, high) = common.plot.middle(values, "median")
+    assert line == 3 and 1 <= low <= 2 and high > 4
+    line, (low, high) = common.plot.middle(np.array([[1.0], [3.0]]), "mean")
+    assert line == 2 and high - 2 == pytest.approx(12.71)
+
+
+def test_published_curves_are_of_the_same_environment():
+    curves = common.plot.published("HalfCheetah-v4")
+    assert {"SAC", "MBPO", "TD3"} <= set(curves) and not common.plot.published("Pendulum-v1")
+    step, value = curves["MBPO"]
+    assert 4000 < value[step == 25000] < 6000  # 5042 +- 935 in its authors' figure
+
+
+@pytest.mark.parametrize("runs", [["nowhere"], ["table.csv"]])
+def test_what_is_no_run_is_refused(runs):
+    Path("table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BadInput):
+        common.plot.main(common.plot.Args(runs, "figure.png"))
+    assert not Path("figure.png").exists()
