@@ -23,8 +23,8 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput
-from common.args import parse_args
-from common.files import run_folder
+from common.args import flag, parse_args
+from common.files import newest, run_folder
 from common.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,15 +68,20 @@ def plan(args, flags):
     return jobs
 
 
-def finished(job):
-    """Whether a run with these settings has come to its end; one with other settings fails, and says so."""
+def finished(job, on_cluster):
+    """Whether a run has come to its end. BadInput if its folder holds another one."""
     path = Path(job.folder, "args.json")
     if not path.exists():
         return False
     run = json.loads(path.read_text())
-    fixed = {name: value for name, value in job.settings.items() if name not in MAY_CHANGE}
-    same = all(run["args"].get(name) == value for name, value in fixed.items())
-    return same and run["step"] >= job.settings["total_timesteps"]
+    names = [n for n, value in job.settings.items() if n not in MAY_CHANGE and run["args"].get(n) != value]
+    if names:
+        changed = ", ".join(map(flag, names))
+        raise BadInput(f"{job.folder} holds a run with other settings ({changed}): give another --exp-name.")
+    done = run["step"] >= job.settings["total_timesteps"]
+    if on_cluster and not done and newest(job.folder):
+        raise BadInput(f"{job.folder} holds a run of this machine: finish it without --ray.")
+    return done
 
 
 def execute(job, folder, log):
@@ -147,9 +152,10 @@ def main(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = tyro.cli(Args, args=argv[:split]), argv[split + 1 :]
     jobs = plan(args, flags)
-    todo = [job for job in jobs if not finished(job)]
+    todo = [job for job in jobs if not finished(job, on_cluster=args.ray is not None)]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
-    results = on_ray(todo, args.ray) if args.ray else on_this_machine(todo, args.workers or os.cpu_count())
+    on_cluster = args.ray and todo
+    results = on_ray(todo, args.ray) if on_cluster else on_this_machine(todo, args.workers or os.cpu_count())
     failed, start = 0, time.monotonic()
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run") as bar:
         for job, failure in results:

@@ -51,19 +51,22 @@ def gflop(job):
 
 
 def seconds(jobs, turns, device):
-    """Median time of every job {name: function}, all of them once in each turn -> {name: seconds}."""
+    """Median time of every job {name: function}, all in each turn -> {name: seconds}. A job runs twice
+    in a turn and the second one counts: what lay idle may have left the caches, or the memory.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = {name: [] for name in jobs}
-    for turn in range(turns + 1 + WARM_UP):
+    for job in jobs.values():
+        for _ in range(WARM_UP + 1 if device.type == "cuda" else 1):  # until a graph is replayed
+            job()
+    for _ in range(turns):
         for name, job in jobs.items():
-            if 0 < turn <= WARM_UP and device.type == "cpu":
-                continue  # one call warms a CPU up; it takes more until a graph is replayed
+            job()
             wait()
             start = time.perf_counter()
             job()
             wait()
-            if turn > WARM_UP:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
