@@ -115,11 +115,11 @@ def main(args):
     print("| environment | run | seeds | at the end | best evaluation of the mean, +- std over seeds |")
     print("|---|---|---|---|---|")
     for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
-        far = 0.0
+        far, floor, ceiling = 0.0, np.inf, -np.inf
         for name, seeds in runs.items():
             x, values = together(seeds, args)
             line, (low, high) = middle(values, args.statistic)
-            far = max(far, x[-1])
+            far, floor, ceiling = max(far, x[-1]), min(floor, values.min()), max(ceiling, values.max())
             panel.plot(x, line, color=colour[name], label=f"{name} ({len(seeds)})", lw=1.8)
             panel.fill_between(x, low, high, color=colour[name], alpha=0.15, lw=0)
             best = values.mean(0).argmax()  # the maximum average return of MAGE's table 1
@@ -133,6 +133,8 @@ def main(args):
                 if within.sum() > 1:
                     label = f"{name}, published"
                     panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
+        room = 0.05 * (ceiling - floor) or 1.0  # intervals over few seeds may go far beyond
+        panel.set_ylim(floor - room, ceiling + room)
         panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel="return")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7)

@@ -139,7 +139,7 @@ def test_a_figure_and_its_table(capsys):
     write(Path("ref/Hopper-v4/b/seed-0.csv"), [0, 1000], [1, 2])
     common.plot.main(common.plot.Args(["runs", "ref"], "figure.png"))
     assert Path("figure.png").read_bytes()[:4] == b"\x89PNG"
-    a, b = capsys.readouterr().out.splitlines()[2:]
+    b, a = capsys.readouterr().out.splitlines()[2:]
     # mean 7, deviation 3, Student's t with 2 degrees of freedom 4.30
     assert "| Hopper-v4 | a | 3 | 7.0 +- 7.4 | 13.0 +- 3.0 at step 1000 |" == a
     assert "| Hopper-v4 | b | 1 | 2.0 | 2.0 +- 0.0 at step 1000 |" == b
