@@ -14,7 +14,7 @@ log-variance is bounded, Huber losses, gradients clipped by value, decoupled wei
 - Rewards are the simulator's; theirs use unscaled actions, and mix rows of the batch in Swimmer and Pendulum.
 - The learned reward sees s' (theirs sees s twice); a diverged run stops (theirs starts anew, silently).
 
-python dyna_td3.py --env-id Pendulum-v1 --preset laptop  # -108 to -143 at 3000 steps; 4 minutes, one core
+python dyna_td3.py --env-id Pendulum-v1 --preset laptop  # -108 to -143, one seed of five -701; 4 minutes
 """
 
 from dataclasses import dataclass
