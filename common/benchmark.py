@@ -52,6 +52,9 @@ class Job:
 
 def plan(args, flags):
     """The runs of a sweep. BadInput, or tyro's message, if one of their command lines cannot be read."""
+    for name in ("seeds", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: give at least 1.")
     jobs = []
     for script in args.scripts:
         if not (ROOT / f"{script}.py").is_file():

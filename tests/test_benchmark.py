@@ -71,6 +71,7 @@ def test_one_failure_does_not_stop_the_others(capsys):
 @pytest.mark.parametrize("argv, hint", [
     (["--scripts", "nope", "--env-ids", "Pendulum-v1"], "nope.py"),
     ([*SWEEP, "--", "--run-dir", "here"], "--exp-name"),
+    ([*SWEEP, "--workers", "0"], "--workers 0"), ([*SWEEP, "--seeds", "0"], "--seeds 0"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_runs(argv, hint):
     with pytest.raises(BadInput, match=hint):
