@@ -10,8 +10,8 @@ import torch
 
 import mage_td3
 from common.envs import make_env
-from common.evaluate import as_policy
-from common.run import EVAL_SEED, load_run
+from common.evaluate import as_policy, load_run
+from common.run import EVAL_SEED
 
 
 def load(run_dir):

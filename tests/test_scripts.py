@@ -5,6 +5,7 @@
 
 import ast
 import difflib
+import importlib
 import re
 import shutil
 import sys
@@ -267,6 +268,11 @@ def linked(text):
 def test_the_readme_links_to_the_right_lines():
     text = (ROOT / "README.md").read_text()
     assert len(LINK.findall(text)) >= 8 and linked(text) == text, f"run {REPAIR}"
+
+
+@pytest.mark.parametrize("name", ["look_at_pusher", "record_pusher", "speed"])
+def test_the_programs_beside_the_tests_still_start(name):
+    assert importlib.import_module(f"tests.{name}").__doc__
 
 
 def test_the_readme_names_tests_that_exist():
