@@ -132,7 +132,7 @@ def on_ray(jobs, address):
         raise BadInput("--ray: Ray is not installed: pip install ray.") from None
     code = {"working_dir": str(ROOT), "excludes": [".git", "runs", "tests"]}
     try:
-        ray.init(None if address == "local" else address, runtime_env=code, log_to_driver=False)
+        ray.init(address, runtime_env=code, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadInput(f"--ray {address}: no cluster answers there ({error}).") from None
     waiting = {ray.remote(elsewhere).options(num_cpus=1, max_retries=2).remote(job): job for job in jobs}
