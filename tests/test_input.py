@@ -177,6 +177,16 @@ def test_cuda_where_there_is_none(name, monkeypatch, refused):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_accelerations_that_cannot_be(name, monkeypatch, refused):
+    def compile(*args, **kwargs):
+        raise RuntimeError("no compiler\nand more lines")
+
+    refused(name, tiny(name, accelerate="graph"), "--accelerate graph", "GPU")
+    monkeypatch.setattr(torch, "compile", compile)
+    refused(name, tiny(name, accelerate="compile"), "--accelerate compile", "no compiler")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("run_dir", ["file", "file/below"])
 def test_a_run_folder_that_cannot_be(name, run_dir, refused):
     Path("file").write_text("mine")
