@@ -356,13 +356,12 @@ def train(args: Args) -> float:
         return log
 
     train_model, update = (accelerate(f, args.accelerate, device) for f in (train_model, update))
-    policy = as_policy(actor)
     state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
-            run.evaluate(policy)
+            run.evaluate(actor, critic)
         for step in run.steps():
             # --- act ---
             obs = env.obs
@@ -391,7 +390,7 @@ def train(args: Args) -> float:
                 run.record(**update(count % args.policy_delay == 0))
             # --- evaluate ---
             if step % args.eval_every == 0:
-                run.evaluate(policy)
+                run.evaluate(actor, critic)
     return run.last_return
 
 

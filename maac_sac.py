@@ -504,13 +504,12 @@ def train(args: Args) -> float:
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
     update = accelerate(update, args.accelerate, device)
-    policy = as_policy(actor)
     state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
                  critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
-            run.evaluate(policy)
+            run.evaluate(actor)
         for step in run.steps():
             # --- act ---
             obs = env.obs
@@ -541,7 +540,7 @@ def train(args: Args) -> float:
                 run.record(**update())
             # --- evaluate ---
             if step % args.eval_every == 0:
-                run.evaluate(policy)
+                run.evaluate(actor)
     return run.last_return
 
 

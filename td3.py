@@ -264,12 +264,11 @@ def train(args: Args) -> float:
         return log
 
     update = accelerate(update, args.accelerate, device)
-    policy = as_policy(actor)
     state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
-            run.evaluate(policy)
+            run.evaluate(actor, critic)
         for step in run.steps():
             # --- act ---
             obs = env.obs
@@ -292,7 +291,7 @@ def train(args: Args) -> float:
                 run.record(**update(count % args.policy_delay == 0))
             # --- evaluate ---
             if step % args.eval_every == 0:
-                run.evaluate(policy)
+                run.evaluate(actor, critic)
     return run.last_return
 
 

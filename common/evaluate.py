@@ -27,6 +27,7 @@ class Evaluation:
     returns: np.ndarray  # (n,) undiscounted return of each episode
     lengths: np.ndarray  # (n,) steps of each episode
     cut: bool  # whether one of them was still going on
+    starts: np.ndarray  # (n, ds) their first observations
 
 
 def load_run(run_dir, Args):
@@ -63,6 +64,7 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
     envs = gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * episodes)
     try:
         obs, _ = call(env_id, envs.reset, seed=[seed + i for i in range(episodes)])
+        starts = obs.copy()
         returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
         while alive.any() and lengths.max() < max_steps:
             action = policy(obs)
@@ -76,7 +78,7 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
             alive &= ~(terminated | truncated)  # a finished copy starts again, uncounted
     finally:
         envs.close()
-    return Evaluation(returns, lengths, cut=bool(alive.any()))
+    return Evaluation(returns, lengths, bool(alive.any()), starts)
 
 
 def film(policy, env_id, path, seed=0):

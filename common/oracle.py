@@ -1,9 +1,11 @@
 """True dynamics as differentiable torch functions: a measure of a learned model, or its replacement."""
 
+import copy
+
 import torch
 
 from common import BadInput
-from common.rewards import angle
+from common.rewards import angle, reward_fn
 
 
 def dynamics_fn(env_id):
@@ -50,3 +52,50 @@ def double_integrator_cost(gain, gamma):
 
 
 DYNAMICS = {"Pendulum-v1": pendulum, "DoubleIntegrator-v1": double_integrator}
+
+
+# --- how useful is a critic? ---
+def action_gradients(env_id, actor, obs, gamma, steps=200, tail=300):
+    """True action-gradients along an actor's trajectories, all from one backward pass.
+
+    obs (n, ds): where they start. -> states (steps, n, ds), actions and gradients of Q^pi (steps, n, da).
+    A zero is added to the action of step t; the derivative by it of the rewards from there on, with gamma for
+    each step, is the gradient in (s_t, a_t), as the actor reacts to what follows. There is no time limit: the
+    sum ends `tail` steps after the last of `steps`, where gamma^tail is missing. Precision: that of obs.
+    """
+    step, reward_of = dynamics_fn(env_id), reward_fn(env_id)
+    states, actions, added, total = [], [], [], 0.0
+    for t in range(steps + tail):
+        action = actor(obs)  # (n, da)
+        if t < steps:
+            added.append(torch.zeros_like(action, requires_grad=True))
+            states.append(obs.detach()), actions.append(action.detach())
+            action = action + added[-1]
+        next_obs = step(obs, action)
+        total = total + reward_of(obs, action, next_obs).sum()
+        obs = torch.lerp(next_obs.detach(), next_obs, gamma)  # the same state, gamma times its gradient
+    return torch.stack(states), torch.stack(actions), torch.stack(torch.autograd.grad(total, added))
+
+
+def critic_gradients(critic, states, actions):
+    """Action-gradient of the smaller critic, (..., ds), (..., da) -> (..., da): what an actor learns from."""
+    action = actions.flatten(0, -2).requires_grad_()
+    q = critic(states.flatten(0, -2), action).min(0).values
+    return torch.autograd.grad(q.sum(), action)[0].view_as(actions)
+
+
+def usefulness(actor, critic, env_id, gamma, starts):
+    """How well a critic's action-gradients agree with the true ones along the actor's trajectories.
+
+    starts (n, ds). Over all states at once: the cosine (1: the same direction, what an actor needs) and the
+    error |g - truth| / |truth| (1: as good as no gradient at all), as text for a table; an empty one if there
+    is no critic or no oracle. On the CPU, in float64.
+    """
+    if critic is None or env_id not in DYNAMICS:
+        return {}
+    actor, critic = (copy.deepcopy(net).double().cpu() for net in (actor, critic))
+    states, actions, truth = action_gradients(env_id, actor, torch.as_tensor(starts).double(), gamma)
+    gradients = critic_gradients(critic, states, actions)
+    cosine = torch.cosine_similarity(gradients.flatten(), truth.flatten(), dim=0)
+    error = (gradients - truth).norm() / truth.norm()
+    return dict(gradient_cosine=f"{cosine:.4f}", gradient_error=f"{error:.4g}")

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from common import BadInput, Fault, files
 from common.args import flag
-from common.evaluate import evaluate
+from common.evaluate import as_policy, evaluate
+from common.oracle import usefulness
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
 MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name")  # when a run is resumed
@@ -40,8 +41,7 @@ class Run:
         self.step, self.saved_step, self.seconds, self.last_return, self.stop = 0, 0, 0.0, math.nan, None
         self.tables = {"eval": [], "train": []}  # the rows of the CSV files
         self.starts = []  # one entry for each time the run was started: step, versions, revision
-        self.pending = {}  # name: tensor on the device, sum of this step's records
-        self.sums, self.counts = {}, {}  # name: number, since the last line of train.csv
+        self.pending, self.sums, self.counts = {}, {}, {}  # records: on the device; for train.csv's next line
         nets = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
         self.weights = {f"{name}.{n}": p for name, net in nets.items() for n, p in net.named_parameters()}
 
@@ -186,15 +186,17 @@ class Run:
     def elapsed(self):
         return self.seconds + time.monotonic() - self.started
 
-    def evaluate(self, policy):
+    def evaluate(self, actor, critic=None):
         """A line of eval.csv. Training's random numbers are not touched."""
         args = self.args
-        result = evaluate(policy, args.env_id, args.eval_episodes, seed=EVAL_SEED + args.seed)
+        result = evaluate(as_policy(actor), args.env_id, args.eval_episodes, seed=EVAL_SEED + args.seed)
         self.last_return, spread = float(result.returns.mean()), float(result.returns.std())
         row = dict(step=self.step, return_mean=f"{self.last_return:.4f}", return_std=f"{spread:.4f}",
                    length_mean=float(result.lengths.mean()), seconds=f"{self.elapsed():.1f}")  # fmt: skip
+        row |= usefulness(actor, critic, args.env_id, args.gamma, result.starts)
         self.write_row("eval", row)
-        self.writer.add_scalar("eval/return_mean", self.last_return, self.step)
+        for name, value in row.items():
+            self.writer.add_scalar(f"eval/{name}", float(value), self.step)
         self.bar.set_postfix_str(f"return {self.last_return:.1f}")
         mean = f"{self.last_return:9.2f} +- {spread:<8.2f}"
         cut = "   (episodes without end were cut)" if result.cut else ""
