@@ -85,17 +85,23 @@ def critic_gradients(critic, states, actions):
 
 
 def usefulness(actor, critic, env_id, gamma, starts):
-    """How well a critic's action-gradients agree with the true ones along the actor's trajectories.
+    """How well a critic's action-gradients g agree with the true ones along the actor's trajectories.
 
-    starts (n, ds). Over all states at once: the cosine (1: the same direction, what an actor needs) and the
-    error |g - truth| / |truth| (1: as good as no gradient at all), as text for a table; an empty one if there
-    is no critic or no oracle. On the CPU, in float64.
+    starts (n, ds). A row for a table, empty if there is no critic or no oracle. Over all states: the cosine (1:
+    the same direction, what an actor needs), |g - truth| / |truth| (1: as good as no gradient at all), the
+    discounted L1 error of MAGE's Eq. 14, the mean lengths of g and of the truth. On the CPU, in float64.
     """
     if critic is None or env_id not in DYNAMICS:
         return {}
     actor, critic = (copy.deepcopy(net).double().cpu() for net in (actor, critic))
     states, actions, truth = action_gradients(env_id, actor, torch.as_tensor(starts).double(), gamma)
-    gradients = critic_gradients(critic, states, actions)
-    cosine = torch.cosine_similarity(gradients.flatten(), truth.flatten(), dim=0)
-    error = (gradients - truth).norm() / truth.norm()
-    return dict(gradient_cosine=f"{cosine:.4f}", gradient_error=f"{error:.4g}")
+    g = critic_gradients(critic, states, actions)  # (steps, n, da)
+    discount = gamma ** torch.arange(len(g))[:, None]  # (steps, 1)
+    row = dict(
+        gradient_cosine=torch.cosine_similarity(g.flatten(), truth.flatten(), dim=0),
+        gradient_error=(g - truth).norm() / truth.norm(),
+        gradient_l1=(discount * (g - truth).abs().sum(-1)).mean(),  # Eq. 14, mean over trajectories
+        gradient_norm=g.norm(dim=-1).mean(),
+        true_norm=truth.norm(dim=-1).mean(),
+    )
+    return {name: f"{value.item():.5g}" for name, value in row.items()}
