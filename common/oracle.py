@@ -87,7 +87,7 @@ def critic_gradients(critic, states, actions):
 def usefulness(actor, critic, env_id, gamma, starts):
     """How well a critic's action-gradients g agree with the true ones along the actor's trajectories.
 
-    starts (n, ds). A row for a table, empty if there is no critic or no oracle. Over all states: the cosine (1:
+    starts (n, ds). A row of a table, empty without a critic or an oracle. Over all states: the cosine (1:
     the same direction, what an actor needs), |g - truth| / |truth| (1: as good as no gradient at all), the
     discounted L1 error of MAGE's Eq. 14, the mean lengths of g and of the truth. On the CPU, in float64.
     """
