@@ -30,6 +30,8 @@ STUDENT = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 97.
 class Args:
     runs: tyro.conf.Positional[list[str]]  # folders or CSV files
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"  # the figure
+    column: str = "return_mean"  # of eval.csv; gradient_cosine and others where the true dynamics are known
+    log: bool = False  # a logarithmic axis for it
     statistic: Literal["mean", "median"] = "mean"  # over seeds; MAGE's figure 8 has the median
     smooth: int = 1  # evaluations in a running mean; 25 in MAGE's figures
     time: bool = False  # against wall-clock minutes, not environment steps
@@ -37,8 +39,8 @@ class Args:
     last_step: int | None = None  # cut the curves there
 
 
-def read(paths):
-    """-> {env_id: {name: [(steps, returns, seconds) of each seed]}}, arrays (evaluations,)."""
+def read(paths, column="return_mean"):
+    """-> {env_id: {name: [(steps, values, seconds) of each seed]}}, arrays (evaluations,)."""
     found = {}
     files = []
     for path in map(Path, paths):
@@ -49,7 +51,9 @@ def read(paths):
         rows = list(csv.DictReader(file.open(newline="")))
         if not rows or not {"step", "return_mean", "seconds"} <= set(rows[0]):
             raise BadInput(f"{file} is not an eval.csv: its columns should be step, return_mean, seconds.")
-        columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
+        if column not in rows[0]:
+            raise BadInput(f"--column {column}: {file} has {', '.join(rows[0])}.")
+        columns = [np.array([float(row[c]) for row in rows]) for c in ("step", column, "seconds")]
         *_, env_id, name, _ = run.absolute().parts
         found.setdefault(env_id, {}).setdefault(name, []).append(columns)
     if not found:
@@ -106,13 +110,13 @@ def published(env_id):
 def main(args):
     if args.smooth < 1:
         raise BadInput(f"--smooth {args.smooth}: give at least 1, which leaves the curves as they are.")
-    found = read(args.runs)
+    found = read(args.runs, args.column)
     names = sorted({name for runs in found.values() for name in runs})
     colour = {name: plt.cm.tab10(i % 10) for i, name in enumerate(names)}
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
-    print("| environment | run | seeds | at the end | best evaluation of the mean, +- std over seeds |")
+    print("| environment | run | seeds | at the end | highest evaluation of the mean, +- std over seeds |")
     print("|---|---|---|---|---|")
     for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
         far, floor, ceiling = 0.0, np.inf, -np.inf
@@ -123,19 +127,23 @@ def main(args):
             panel.plot(x, line, color=colour[name], label=f"{name} ({len(seeds)})", lw=1.8)
             panel.fill_between(x, low, high, color=colour[name], alpha=0.15, lw=0)
             best = values.mean(0).argmax()  # the maximum average return of MAGE's table 1
-            half = f" +- {(high - low)[-1] / 2:.1f}" if len(seeds) > 1 else ""
-            top = f"{values.mean(0)[best]:.1f} +- {values.std(0, ddof=min(1, len(seeds) - 1))[best]:.1f}"
+            half = f" +- {(high - low)[-1] / 2:.4g}" if len(seeds) > 1 else ""
+            top = f"{values.mean(0)[best]:.4g} +- {values.std(0, ddof=min(1, len(seeds) - 1))[best]:.4g}"
             at = f"{x[best]:.1f} min" if args.time else f"step {x[best]:.0f}"
-            print(f"| {env_id} | {name} | {len(seeds)} | {line[-1]:.1f}{half} | {top} at {at} |")
-        if args.published and not args.time:
+            print(f"| {env_id} | {name} | {len(seeds)} | {line[-1]:.4g}{half} | {top} at {at} |")
+        if args.published and not args.time and args.column == "return_mean":
             for name, (steps, returns) in published(env_id).items():
                 within = steps <= far
                 if within.sum() > 1:
                     label = f"{name}, published"
                     panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
+        if args.log and floor <= 0:
+            raise BadInput(f"--log: {args.column} of {env_id} goes down to {floor:.4g}: leave it out.")
         room = 0.05 * (ceiling - floor) or 1.0  # intervals over few seeds may go far beyond
-        panel.set_ylim(floor - room, ceiling + room)
-        panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel="return")
+        panel.set_ylim(*((floor / 1.2, ceiling * 1.2) if args.log else (floor - room, ceiling + room)))
+        ylabel = args.column.removesuffix("_mean").replace("_", " ")
+        panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel=ylabel)
+        panel.set_yscale("log" if args.log else "linear")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7)
     for panel in panels.flat[len(found) :]:

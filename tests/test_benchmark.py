@@ -142,8 +142,23 @@ def test_a_figure_and_its_table(capsys):
     assert Path("figure.png").read_bytes()[:4] == b"\x89PNG"
     b, a = capsys.readouterr().out.splitlines()[2:]
     # mean 7, deviation 3, Student's t with 2 degrees of freedom 4.30
-    assert "| Hopper-v4 | a | 3 | 7.0 +- 7.4 | 13.0 +- 3.0 at step 1000 |" == a
-    assert "| Hopper-v4 | b | 1 | 2.0 | 2.0 +- 0.0 at step 1000 |" == b
+    assert "| Hopper-v4 | a | 3 | 7 +- 7.448 | 13 +- 3 at step 1000 |" == a
+    assert "| Hopper-v4 | b | 1 | 2 | 2 +- 0 at step 1000 |" == b
+
+
+def test_any_column_can_be_drawn(capsys):
+    for seed in (0, 1):
+        path = Path(f"runs/Pendulum-v1/a/seed-{seed}/eval.csv")
+        write(path, [0, 1000], [-5, -6])
+        lines = path.read_text().splitlines()
+        cells = ["gradient_cosine", f"{0.25 - seed}", f"{0.5 + seed}"]
+        path.write_text("".join(f"{line},{cell}\n" for line, cell in zip(lines, cells, strict=True)))
+    common.plot.main(common.plot.Args(["runs"], "figure.png", column="gradient_cosine"))
+    assert "| Pendulum-v1 | a | 2 | 1 +- 6.355 | 1 +- 0.7071 at step 1000 |" in capsys.readouterr().out
+    for column, log, hint in (("cosine", False, "gradient_cosine"), ("return_mean", True, "--log")):
+        with pytest.raises(BadInput, match=hint):
+            common.plot.main(common.plot.Args(["runs"], "other.png", column=column, log=log))
+    assert not Path("other.png").exists()
 
 
 def test_curves_are_compared_where_all_seeds_are():
