@@ -9,8 +9,10 @@ import pytest
 
 from common import gradient_error, oracle
 from common.args import parse_args
+from common.envs import make_env
 from tests.conftest import ROOT, checkpoint, script, tiny
 from tests.test_training import table
+from tests.test_usefulness import trained
 
 
 @pytest.fixture
@@ -54,6 +56,13 @@ def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, c
     bounds = list(csv.DictReader((tmp_path / "figure.bounds.csv").open()))
     assert len(bounds) == 10
     assert all(0 < float(row["policy_gradient_error"]) < float(row["bound"]) for row in bounds)
+    env = make_env("Pendulum-v1", seed=1)
+    starts = np.stack([env.reset()[0] for _ in range(10)])
+    for row in bounds:
+        if row["run"].startswith("frozen") and row["seed"] == "1":
+            nets = trained(tmp_path / f"runs/Pendulum-v1/{row['run']}_laptop/seed-1")
+            left, right = gradient_error.proposition(*nets, starts, "Pendulum-v1", 0.99)
+            assert [row["policy_gradient_error"], row["bound"]] == [f"{left:.5g}", f"{right:.5g}"]
     table_printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table_printed) == 6 and float(table_printed[1].split("|")[2]) == pytest.approx(
         np.mean(

@@ -153,7 +153,7 @@ def test_mage_is_at_most_45_lines_away_from_dyna():
 
 
 # --- size and structure -------------------------------------------------------------------------------------
-TOOLS = ("benchmark.py", "plot.py", "gradient_error.py", "horizon_error.py")  # programs about runs; no script needs them
+TOOLS = ("benchmark.py", "plot.py", "gradient_error.py", "horizon_error.py")  # no script needs them
 
 
 def size(path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.envs import make_env
+from common.evaluate import as_policy, evaluate
 from common.gradient_error import proposition
 from common.oracle import (
     action_gradients,
@@ -17,6 +18,7 @@ from common.oracle import (
     usefulness,
 )
 from common.rewards import reward_fn
+from common.run import EVAL_SEED
 from mage_td3 import Actor, Critic, Normaliser
 from tests.conftest import TD3, checkpoint, train
 from tests.test_training import table
@@ -57,6 +59,15 @@ def networks(hidden=8):
     torch.manual_seed(0)
     norm = Normaliser(3)
     return Actor(norm, 1, hidden).double(), Critic(norm, 1, hidden, 2).double()
+
+
+def trained(run):
+    """Actor and critic of a run with the sizes of conftest.TINY."""
+    state = checkpoint(run)
+    actor, critic = (net.float() for net in networks())
+    actor.load_state_dict(state["actor"])
+    critic.load_state_dict(state["critic"])
+    return actor, critic
 
 
 def rollout(env_id, actor, obs, gamma, steps, disturbance):
@@ -145,6 +156,9 @@ def test_usefulness_is_in_every_evaluation_and_changes_nothing(name, tmp_path, m
     columns = ("gradient_cosine", "gradient_error", "gradient_l1", "gradient_norm", "true_norm")
     assert len(rows) == 4 and all(math.isfinite(float(row[column])) for row in rows for column in columns)
     assert len({row["gradient_norm"] for row in rows}) == 4  # the critic has changed
+    actor, critic = trained(run)
+    first = evaluate(as_policy(actor), "Pendulum-v1", episodes=1, seed=EVAL_SEED).starts
+    assert usefulness(actor, critic, "Pendulum-v1", 0.99, first) == {c: rows[-1][c] for c in columns}
     monkeypatch.setattr("common.run.usefulness", lambda *args: {})
     without = train(name, tmp_path / "without")
     for part in ("actor", "critic"):
