@@ -27,7 +27,6 @@ from common import BadInput, Fault
 from common.envs import make_env
 from common.files import write_table, write_whole
 from common.oracle import double_integrator_cost, dynamics_fn
-from common.plot import middle
 from common.rewards import reward_fn, termination_fn
 
 ENV_ID = "DoubleIntegrator-v1"
@@ -231,9 +230,10 @@ def main(args):
     figure = Figure(figsize=(15, 4.2), layout="tight")
     for panel, (title, lines) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         for column, (style, label) in lines.items():
-            line, (low, high) = middle(table[column], "mean")
-            panel.plot(line, style, label=label, lw=1.8)
-            panel.fill_between(range(len(line)), low, high, color=style.strip("-."), alpha=0.15, lw=0)
+            values = table[column]  # (seeds, T): their mean, and from the smallest to the largest
+            panel.plot(values.mean(0), style, label=label, lw=1.8)
+            ends = values.min(0), values.max(0)
+            panel.fill_between(range(len(ends[0])), *ends, color=style.strip("-."), alpha=0.15, lw=0)
         means = np.stack([table[column].mean(0) for column in lines])[:, 1:]  # at H = 0 one of them is 0
         panel.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
         panel.set(title=title, xlabel="horizon H", ylabel="error of the gradient")
