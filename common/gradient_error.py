@@ -9,7 +9,8 @@ Figure 3         critics of an actor that stays random (--policy-delay beyond th
 Figure 5         MAGE-DDPG without the TD error (lambda 0): its action-gradients vanish.
 Proposition 3.1  the error of the policy gradient with the last critic of each run, and the bound on it.
 
-Not as in the paper: the trajectories start in the same 10 states at every evaluation; their rewards go on
+Not as in the paper: trajectories start in the same 10 states at every evaluation, and their median counts,
+as the true gradients of one that swings over the top may be thousands of times larger; their rewards go on
 beyond the time limit, which the critics do not know; TD3 makes as many updates as the others. The actor is
 frozen as a function of normalised observations, whose mean and deviation still settle.
 
@@ -34,7 +35,6 @@ from common.envs import make_env
 from common.evaluate import load_run
 from common.files import write_table
 from common.oracle import action_gradients, critic_gradients
-from common.plot import middle
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -123,28 +123,24 @@ def read(folder):
     return {column: np.array([float(row[column]) for row in rows]) for column in COLUMNS}
 
 
-def draw(panel, runs, names, column, log):
-    """Mean over seeds and 95% confidence interval of a column of eval.csv."""
+def draw(panel, runs, names, column, scale):
+    """Median over seeds of a column of eval.csv, and every seed."""
     for name in names:
-        values = np.stack([run[column] for run in runs[name]])
-        line, (low, high) = middle(np.log(values) if log else values, "mean")
-        if log:  # of the logarithm: an interval below 0 cannot be drawn
-            line, low, high = np.exp(line), np.exp(low), np.exp(high)
-        steps = runs[name][0]["step"]
-        (drawn,) = panel.plot(steps, line, label=name, lw=1.5)
-        panel.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+        steps, values = runs[name][0]["step"], np.stack([run[column] for run in runs[name]])  # (seeds, n)
+        (drawn,) = panel.plot(steps, np.median(values, 0), label=name, lw=2)
+        panel.plot(steps, values.T, color=drawn.get_color(), lw=0.5, alpha=0.5)
     panel.axvline(200, color="0.6", lw=0.8, ls=":")
-    panel.set(xlabel="environment steps", yscale="log" if log else "linear")
+    panel.set(xlabel="environment steps", yscale=scale)
 
 
 def figure(args, runs, bounds):
     frozen, ddpg = ([name for name in RUNS if name.startswith(kind)] for kind in ("frozen", "mage_ddpg"))
     fig, ((error, cosine), (norm, bound)) = plt.subplots(2, 2, figsize=(11, 8))
-    draw(error, runs, frozen, "gradient_l1", log=True)
+    draw(error, runs, frozen, "gradient_l1", "log")
     error.set(title="figure 3: random actor", ylabel="error of the action-gradient (Eq. 14)")
-    draw(cosine, runs, frozen, "gradient_cosine", log=False)
+    draw(cosine, runs, frozen, "gradient_cosine", "linear")
     cosine.set(title="the same critics", ylabel="cosine with the true action-gradients")
-    draw(norm, runs, ddpg, "gradient_norm", log=True)
+    draw(norm, runs, ddpg, "gradient_norm", "log")
     norm.set(title="figure 5: true dynamics, actor learns", ylabel="mean length of the action-gradient")
     for name in RUNS:
         left, right = np.array(bounds[name]).T
@@ -166,6 +162,7 @@ def main(args):
             raise BadInput(f"--{name} {getattr(args, name)}: give at least {least}.")
     if args.output.suffix not in (".png", ".pdf", ".svg") or not args.output.absolute().parent.is_dir():
         raise BadInput(f"--output {args.output}: give the name of a .png file in a folder that exists.")
+    torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     folders = make_runs(args)
     runs = {name: [read(folder) for folder in folders[name]] for name in RUNS}
     bounds = {name: [bound_of_run(folder) for folder in folders[name]] for name in RUNS}
@@ -182,8 +179,8 @@ def main(args):
     print("|---|---|---|---|---|---|---|")
     for name in RUNS:
         names = ("gradient_l1", "gradient_cosine", "gradient_norm", "true_norm")
-        means = [np.mean([run[column][-1] for run in runs[name]]) for column in names]
-        cells = " | ".join(f"{value:.3g}" for value in [*means, *np.mean(bounds[name], 0)])
+        ends = [np.median([run[column][-1] for run in runs[name]]) for column in names]
+        cells = " | ".join(f"{value:.3g}" for value in [*ends, *np.median(bounds[name], 0)])
         print(f"| {name} | {cells} |")
 
 

@@ -87,9 +87,10 @@ def critic_gradients(critic, states, actions):
 def usefulness(actor, critic, env_id, gamma, starts):
     """How well a critic's action-gradients g agree with the true ones along the actor's trajectories.
 
-    starts (n, ds). A row of a table, empty without a critic or an oracle. Over all states: the cosine (1:
+    starts (n, ds). A row of a table, empty without a critic or an oracle. Of each trajectory: the cosine (1:
     the same direction, what an actor needs), |g - truth| / |truth| (1: as good as no gradient at all), the
-    discounted L1 error of MAGE's Eq. 14, the mean lengths of g and of the truth. On the CPU, in float64.
+    discounted L1 error of MAGE's Eq. 14, the mean lengths of g and of the truth; then the median over the
+    trajectories, as a chaotic one has gradients of many thousands. On the CPU, in float64.
     """
     if critic is None or env_id not in DYNAMICS:
         return {}
@@ -97,11 +98,12 @@ def usefulness(actor, critic, env_id, gamma, starts):
     states, actions, truth = action_gradients(env_id, actor, torch.as_tensor(starts).double(), gamma)
     g = critic_gradients(critic, states, actions)  # (steps, n, da)
     discount = gamma ** torch.arange(len(g))[:, None]  # (steps, 1)
+    length = g.norm(dim=(0, 2)), truth.norm(dim=(0, 2)), (g - truth).norm(dim=(0, 2))  # (n,) each
     row = dict(
-        gradient_cosine=torch.cosine_similarity(g.flatten(), truth.flatten(), dim=0),
-        gradient_error=(g - truth).norm() / truth.norm(),
-        gradient_l1=(discount * (g - truth).abs().sum(-1)).mean(),  # Eq. 14, mean over trajectories
-        gradient_norm=g.norm(dim=-1).mean(),
-        true_norm=truth.norm(dim=-1).mean(),
+        gradient_cosine=(g * truth).sum((0, 2)) / (length[0] * length[1]).clamp(min=1e-30),
+        gradient_error=length[2] / length[1],
+        gradient_l1=(discount * (g - truth).abs().sum(-1)).mean(0),  # Eq. 14
+        gradient_norm=g.norm(dim=-1).mean(0),
+        true_norm=truth.norm(dim=-1).mean(0),
     )
-    return {name: f"{value.item():.5g}" for name, value in row.items()}
+    return {name: f"{values.quantile(0.5).item():.5g}" for name, values in row.items()}
