@@ -378,29 +378,33 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iterations=5, elites=26):
-    """Cross-entropy search for the action in one state (ds,), from the policy's distribution; terminal Q.
+    """Cross-entropy search for actions (n, da) in states (n, ds), from the policy's distribution; terminal Q.
 
     Searches before the tanh. Mean and variance start as the policy's along an imagined trajectory and move to
     those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
     """
-    mean, std, state = [], [], obs.expand(candidates, -1)
+    mean, std, state = [], [], obs
+    start = obs.repeat_interleave(candidates, 0)  # (n C, ds)
     for _ in range(horizon):
         m, s = actor.gaussian(state)
-        mean.append(m[0]), std.append(s[0])
-        state = step(state, m.tanh())[1][:1].expand(candidates, -1)
-    mean, std = torch.stack(mean), torch.stack(std)  # (H, da)
+        mean.append(m), std.append(s)
+        copies = (x.repeat_interleave(candidates, 0) for x in (state, m.tanh()))  # for members to share
+        state = step(*copies)[1][::candidates]
+    mean, std = torch.stack(mean, 1)[:, None], torch.stack(std, 1)[:, None]  # (n, 1, H, da)
     for _ in range(iterations):
-        u = mean + std * torch.randn(candidates, *mean.shape, device=mean.device)  # (C, H, da)
-        state, score, discount = obs.expand(candidates, -1), 0.0, 1.0
+        noise = torch.randn(len(obs), candidates, *mean.shape[2:], device=mean.device)
+        u = mean + std * noise  # (n, C, H, da)
+        state, score, discount = start, 0.0, 1.0
         for t in range(horizon):
-            reward, state, terminated = step(state, u[:, t].tanh())
+            reward, state, terminated = step(state, u[:, :, t].flatten(0, 1).tanh())
             score = score + discount * reward
             discount = gamma * discount * ~terminated
-        score = score + discount * critic(state, actor(state)).min(0).values  # (C,)
-        best = u[score.topk(elites).indices]
-        mean = 0.1 * mean + 0.9 * best.mean(0)
-        std = (0.1 * std**2 + 0.9 * best.var(0, correction=0)).sqrt()
-    return mean[0].tanh()
+        score = score + discount * critic(state, actor(state)).min(0).values  # (n C,)
+        index = score.view(len(obs), candidates).topk(elites).indices  # (n, E)
+        best = u[torch.arange(len(obs), device=u.device)[:, None], index]  # (n, E, H, da)
+        mean = 0.1 * mean + 0.9 * best.mean(1, keepdim=True)
+        std = (0.1 * std**2 + 0.9 * best.var(1, correction=0, keepdim=True)).sqrt()
+    return mean[:, 0, 0].tanh()
 
 
 # --- optimisation -------------------------------------------------------------------------------------------
@@ -452,7 +456,7 @@ def load_policy(run_dir, plan=False):
     step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
     candidates = 256 // args.ensemble_size * args.ensemble_size
     search = partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates)
-    return lambda obs: torch.stack([search(row) for row in torch.as_tensor(obs)]).numpy()
+    return lambda obs: search(torch.as_tensor(obs)).numpy()
 
 
 def train(args: Args) -> float:

@@ -397,26 +397,26 @@ def test_imagined_data_continue_until_they_end_and_wrap_round():
 
 
 # --- planning -----------------------------------------------------------------------------------------------
-def test_planning_finds_the_best_action_of_a_linear_quadratic_problem():
+def test_planning_finds_the_best_actions_of_a_linear_quadratic_problem():
     """With the critic of a poor policy the plan's first action is close to the best one for that horizon."""
     torch.manual_seed(0)
-    actor, obs = LinearActor(std=0.5), torch.tensor([0.3, -0.2], dtype=torch.float64)
+    actor, obs = LinearActor(std=0.5), torch.tensor([[0.3, -0.2], [-0.5, 0.4]], dtype=torch.float64)
     critic = ExactCritic(actor.gain)
     horizon = 3
-    best = torch.zeros(horizon, 1, dtype=torch.float64, requires_grad=True)  # before the tanh
+    best = torch.zeros(horizon, 2, 1, dtype=torch.float64, requires_grad=True)  # before the tanh
 
     def cost():
-        state, total = obs[None], 0.0
+        state, total = obs, 0.0
         for t in range(horizon):
-            reward, state, _ = true_step(state, best[t].tanh()[None])
+            reward, state, _ = true_step(state, best[t].tanh())
             total = total + GAMMA**t * reward
         return -(total + GAMMA**horizon * critic(state, actor(state)).min(0).values).sum()
 
     optimizer = torch.optim.LBFGS([best], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
     optimizer.step(lambda: (optimizer.zero_grad(), cost(), )[1].backward() or cost())
-    plan = maac_sac.plan_action(actor, critic, true_step, obs, GAMMA, horizon, 2000, 20, 100)
-    assert plan.item() == pytest.approx(best[0].tanh().item(), abs=0.02)
-    assert abs(best[0].tanh().item() - actor(obs[None]).item()) > 0.005  # which is not the policy's action
+    plan = maac_sac.plan_action(actor, critic, true_step, obs, GAMMA, horizon, 2000, 20, 100)  # both at once
+    torch.testing.assert_close(plan, best[0].detach().tanh(), atol=0.02, rtol=0)
+    assert (abs(best[0].tanh() - actor(obs)) > 0.005).all()  # which are not the policy's actions
 
 
 # --- settings of a run --------------------------------------------------------------------------------------
