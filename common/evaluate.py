@@ -145,6 +145,7 @@ def main(args):
                            and not args.video.is_dir()):
         raise BadInput(f"--video {args.video}: give the name of a GIF file in a folder that exists.")
     script, env_id = load_script(args.run_dir)
+    torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     torch.manual_seed(0)  # a planner draws
     with fitting(args.run_dir):
         policy = script.load_policy(args.run_dir, plan=args.plan)
