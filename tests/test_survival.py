@@ -40,6 +40,7 @@ from tests.test_training import same, table
 
 CLOCKS = ("seconds", "steps_per_second")
 EVERY_STEP = dict(checkpoint_every=0)  # it saves after each of them
+NO_ORACLE = dict(env_id="MountainCarContinuous-v0")  # for processes where conftest.py's fixture does not work
 PROCESSES = multiprocessing.get_context("forkserver")  # a process of its own without three seconds of imports
 PROCESSES.set_forkserver_preload([__name__, *SCRIPTS, "torch.utils.tensorboard", "torch._dynamo"])
 
@@ -262,7 +263,7 @@ def test_a_kill_within_a_save(place, once, whole, tmp_path):
 def test_a_second_process_in_a_folder_is_refused(process, program, whole, tmp_path):
     """The first one stands still meanwhile; once it is dead, whatever it died of, the second may go on."""
     run = tmp_path / "run"
-    first = process("td3", tiny("td3", run_dir=run, **EVERY_STEP, total_timesteps=10**6))
+    first = process("td3", tiny("td3", run_dir=run, **EVERY_STEP, **NO_ORACLE, total_timesteps=10**6))
     until((run / PREVIOUS).exists)
     os.kill(first.pid, signal.SIGSTOP)
     time.sleep(0.1)
@@ -274,16 +275,17 @@ def test_a_second_process_in_a_folder_is_refused(process, program, whole, tmp_pa
     first.kill()
     first.join()
     step = read_checkpoint(newest(run))["step"]
-    second = program("td3", tiny("td3", run_dir=run, resume=True, total_timesteps=step + 10))
-    assert second.returncode == 0 and not differences(run, whole("td3", total_timesteps=step + 10))
+    settings = NO_ORACLE | dict(total_timesteps=step + 10)
+    second = program("td3", tiny("td3", run_dir=run, resume=True, **settings))
+    assert second.returncode == 0 and not differences(run, whole("td3", **settings))
 
 
 # --- signals ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_program(number, whole, tmp_path):
     """It saves at the end of the step, says so by its exit code and goes on from there as if nothing was."""
-    run, settings = tmp_path / "run", dict(eval_every=100, total_timesteps=10**6)
-    argv = [ROOT / "td3.py", *tiny("td3", run_dir=run, **settings)]
+    run, settings = tmp_path / "run", NO_ORACLE | dict(eval_every=100)
+    argv = [ROOT / "td3.py", *tiny("td3", run_dir=run, **settings, total_timesteps=10**6)]
     with started(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: len(table(run, "eval")) > 1 if (run / "eval.csv").exists() else False)
         process.send_signal(number)
@@ -291,8 +293,8 @@ def test_a_signal_to_the_program(number, whole, tmp_path):
     assert process.returncode == 128 + number and "Traceback" not in stderr
     step = checkpoint(run)["step"]
     assert step >= 100 and not list(run.glob("*.part"))
-    train("td3", run, resume=True, eval_every=100, total_timesteps=step + 20)
-    assert not differences(run, whole("td3", eval_every=100, total_timesteps=step + 20))
+    train("td3", run, resume=True, **settings, total_timesteps=step + 20)
+    assert not differences(run, whole("td3", **settings, total_timesteps=step + 20))
 
 
 MOMENTS = {  # from which step on, during what
@@ -370,17 +372,17 @@ def test_the_second_signal_ends_a_program_that_hangs(tmp_path):
 # --- full disks ---------------------------------------------------------------------------------------------
 def test_a_checkpoint_that_grows_too_large_for_the_disk(whole, tmp_path):
     """The limit of a file's size stands for the disk's: writes fail from there on. The one before stays."""
-    run = train("td3", tmp_path / "run", total_timesteps=30)
-    limit = ((run / NEWEST).stat().st_size + (whole("td3") / NEWEST).stat().st_size) // 2 + 300
-    argv = [ROOT / "td3.py", *tiny("td3", run_dir=run, resume=True, **EVERY_STEP)]
+    run = train("td3", tmp_path / "run", total_timesteps=30, **NO_ORACLE)
+    limit = ((run / NEWEST).stat().st_size + (whole("td3", **NO_ORACLE) / NEWEST).stat().st_size) // 2 + 300
+    argv = [ROOT / "td3.py", *tiny("td3", run_dir=run, resume=True, **EVERY_STEP, **NO_ORACLE)]
     full = finished(argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     step = checkpoint(run)["step"]
     assert full.returncode == 1 and 30 < step < 60
     for mention in (str(run / NEWEST), "File too large", f"step {step + 1};", f"checkpoint of step {step}."):
         assert mention in sentence(full.stderr)
     assert "Traceback" not in full.stderr and not list(run.glob("*.part"))
-    train("td3", run, resume=True)
-    assert not differences(run, whole("td3"))
+    train("td3", run, resume=True, **NO_ORACLE)
+    assert not differences(run, whole("td3", **NO_ORACLE))
 
 
 @pytest.mark.parametrize("place", WRITES)
@@ -445,12 +447,12 @@ def full_events(name, argv, log, from_the_start=False):
 ], ids=["later", "at the start"])  # fmt: skip
 def test_events_that_cannot_be_written(target, process, program, whole, tmp_path):
     run = tmp_path / "run"
-    running = process("td3", tiny("td3", run_dir=run), target)
+    running = process("td3", tiny("td3", run_dir=run, **NO_ORACLE), target)
     running.join()
     line = sentence((tmp_path / "log").read_text())
     assert running.exitcode == 1 and str(run) in line and "No space left" in line and "at step " in line
-    assert program("td3", tiny("td3", run_dir=run, resume=True)).returncode == 0
-    assert not differences(run, whole("td3"))
+    assert program("td3", tiny("td3", run_dir=run, resume=True, **NO_ORACLE)).returncode == 0
+    assert not differences(run, whole("td3", **NO_ORACLE))
 
 
 def test_events_that_cannot_be_written_are_one_sentence(process, tmp_path):
@@ -894,11 +896,11 @@ def test_bad_input_is_refused_without_asserts_and_surroundings(argv):
 
 
 def test_a_run_in_odd_surroundings_is_the_same_run(whole, tmp_path):
-    run = tmp_path / "m\u00fcnchen \U0001f600"
-    odd = finished(["-O", ROOT / "td3.py", *tiny("td3", run_dir=run)], cwd="/proc", env=BARE)
+    argv = ["-O", ROOT / "td3.py", *tiny("td3", run_dir=tmp_path / "m\u00fcnchen \U0001f600", **NO_ORACLE)]
+    odd = finished(argv, cwd="/proc", env=BARE)
     assert odd.returncode == 0, odd.stderr
-    assert not differences(run, whole("td3"))
-    again = finished(["-O", ROOT / "td3.py", *tiny("td3", run_dir=run, resume=True)], cwd="/proc", env=BARE)
+    assert not differences(tmp_path / "m\u00fcnchen \U0001f600", whole("td3", **NO_ORACLE))
+    again = finished([*argv, "--resume"], cwd="/proc", env=BARE)
     assert again.returncode == 0 and "finished" in again.stdout, again.stderr
 
 
