@@ -1,0 +1,95 @@
+"""The README's tables of results say what the files in tests/reference say.
+
+A table below a comment <!-- laptop/Pendulum-v1 --> is about the runs in that folder: a row for each, a number
+for each seed. `python -m tests.test_reference --fix` writes the numbers anew.
+"""
+
+import csv
+import re
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+REFERENCE = ROOT / "tests" / "reference"
+REPAIR = "python -m tests.test_reference --fix"
+TABLE = re.compile(r"<!-- (\S+/\S+) -->\n\n((?:\|.*\n)+)")
+FOLDERS = {  # the first cell of a row, where it is not what tests/reference/README.md calls the run
+    "td3.py --updates-per-step 10": "td3_10_updates",
+    "STEVE on SAC": "steve",
+    "mage_td3.py --lam 0.05 --learned-reward": "mage_learned_reward",
+    "mage_td3.py --lam 0.05 --ensemble-size 2 --model-hidden 64": "mage_small",
+    "mage_td3.py --lam 0.05 --ensemble-size 1 --model-layers 1 --model-hidden 64": "mage_smaller",
+    **{f"mage_td3.py --lam {lam}": f"mage_lam_{lam}" for lam in (0, 0.05, 0.2, 0.5, 1)},
+    "maac_sac.py": "maac",
+    "maac_sac.py --horizon 0": "maac_horizon_0",
+    "maac_sac.py --no-steve": "maac_no_steve",
+    "maac_sac.py --num-samples 1": "maac_one_sample",
+}
+
+
+def runs(folder, cell):
+    """The rows of eval.csv of every seed of the run that a cell names."""
+    name = cell.replace("`", "")
+    name = FOLDERS.get(name, name.lower().removesuffix(".py"))
+    files = sorted((REFERENCE / folder / name).glob("seed-*.csv"))
+    return [list(csv.DictReader(file.open(newline=""))) for file in files]
+
+
+def numbers(folder, column, seeds):
+    """What a column of the table says of the runs, or None where it is not about their returns."""
+    returns = [[float(row["return_mean"]) for row in rows] for rows in seeds]
+    digits = 1 if folder.endswith("Pusher-v4") else 0
+    if found := re.fullmatch(r"at step ([\d,]+)", column):
+        ends = {rows[-1]["step"] for rows in seeds}
+        if ends != {found[1].replace(",", "")}:
+            raise ValueError(f"{folder}: runs end at {ends}")
+        values = [f"{values[-1]:.{digits}f}" for values in returns]
+    elif column == "best evaluation":
+        values = [f"{max(values):.{digits}f}" for values in returns]
+    elif found := re.fullmatch(r"(-?\d+) reached at", column):
+        enough = int(found[1])
+        steps = ([row["step"] for row in rows if float(row["return_mean"]) >= enough] for rows in seeds)
+        values = [reached[0] if reached else "not" for reached in steps]
+    else:
+        return None
+    return ", ".join(values)
+
+
+def filled(text):
+    """The README with the numbers of the files."""
+
+    def fill(match):
+        folder, table = match.groups()
+        lines = [line.strip("|").split("|") for line in table.splitlines()]
+        head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+        for row in rows:
+            if not (seeds := runs(folder, row[0])):
+                raise ValueError(f"{folder}: no file of {row[0]}")
+            row[:] = [numbers(folder, column, seeds) or cell for column, cell in zip(head, row, strict=True)]
+        lines = ["| " + " | ".join(row) + " |\n" for row in (head, *rows)]
+        return f"<!-- {folder} -->\n\n{lines[0]}|{'---|' * len(head)}\n{''.join(lines[1:])}"
+
+    return TABLE.sub(fill, text)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_files():
+    text = (ROOT / "README.md").read_text()
+    assert len(TABLE.findall(text)) >= 4 and filled(text) == text, f"run {REPAIR}"
+
+
+def test_what_is_wrong_in_a_table_is_found():
+    text = (ROOT / "README.md").read_text()
+    for right, wrong in (("| -722,", "| -723,"), (" 1250,", " 1500,")):
+        assert text.count(right) and filled(text.replace(right, wrong)) == text
+    for right, wrong in (("| `td3.py` | -", "| `td2.py` | -"), ("at step 3000 |", "at step 2000 |")):
+        with pytest.raises(ValueError):
+            filled(text.replace(right, wrong))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--fix"]:
+        sys.exit(f"usage: {REPAIR}")
+    text = (ROOT / "README.md").read_text()
+    (ROOT / "README.md").write_text(filled(text))
