@@ -89,7 +89,7 @@ class Args:
     model_train_every: int = 250  # environment steps
 
 
-LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000)
+LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000, num_samples=1)
 LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
                     model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
                     horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)

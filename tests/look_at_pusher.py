@@ -1,6 +1,6 @@
 """What a policy on Pusher does, and what its model and critic know: python -m tests.look_at_pusher RUN_FOLDER
 
-For a run of mage_td3.py or dyna_td3.py: ten episodes without noise, from the starts of the evaluations.
+For a run of the TD3 family: ten episodes without noise, from the starts of the evaluations.
 """
 
 import sys
@@ -21,8 +21,9 @@ def load(run_dir):
     critic = mage_td3.Critic(norm, da, args.critic_hidden, args.num_critics)
     model = mage_td3.Dynamics(norm, da, args.model_hidden, args.model_layers, args.ensemble_size)
     for name, net in dict(actor=actor, critic=critic, model=model).items():
-        net.load_state_dict(state[name])
-    return args, actor, critic, model
+        if name in state:
+            net.load_state_dict(state[name])
+    return args, actor, critic, model if "model" in state else None
 
 
 @torch.no_grad()
@@ -47,11 +48,12 @@ def main(run_dir):
           f"farther by that in {(goal[:, -1] > goal[:, 0] + 0.02).sum()}")  # fmt: skip
     print(f"tip to object at the end, m: {tip[:, -1].mean():.2f}")
     obs, action, next_obs = (torch.tensor(x).flatten(0, 1) for x in (states[:, :-1], actions, states[:, 1:]))
-    mean, _ = model(obs.expand(model.members, -1, -1), action.expand(model.members, -1, -1))
-    std = model.delta_norm.std.clamp(min=1e-6)
-    error = ((obs + model.delta_norm.inverse(mean.mean(0)) - next_obs) / std).square()
-    print(f"one-step error of the model, in standard deviations: arm {error[:, :17].mean().sqrt():.2f}, "
-          f"object {error[:, 17:19].mean().sqrt():.2f}")  # fmt: skip
+    if model is not None:
+        mean, _ = model(obs.expand(model.members, -1, -1), action.expand(model.members, -1, -1))
+        std = model.delta_norm.std.clamp(min=1e-6)
+        error = ((obs + model.delta_norm.inverse(mean.mean(0)) - next_obs) / std).square()
+        print(f"one-step error of the model, in standard deviations: arm {error[:, :17].mean().sqrt():.2f}, "
+              f"object {error[:, 17:19].mean().sqrt():.2f}")  # fmt: skip
     q = critic(obs, action).min(0).values.view(10, -1)
     last = rewards[:, -1].mean() / (1 - args.gamma)
     print(f"Q in the last state: {q[:, -1].mean():.1f}; its reward for ever: {last:.1f}")
