@@ -102,14 +102,20 @@ def proposition(actor, critic, starts, env_id, gamma):
     return left.item(), (lipschitz * (weight * delta.norm(dim=-1)).sum()).item()
 
 
-def bound_of_run(folder):
-    """Both sides of Proposition 3.1 for the networks at the end of a run."""
+def load_networks(folder):
+    """Arguments, actor and critic of a run of the TD3 family on Pendulum-v1."""
     state = load_run(folder, dict)[1]  # the scripts have the same actors and critics
     args, obs_norm = state["args"], mage_td3.Normaliser(3)
     actor = mage_td3.Actor(obs_norm, 1, args["actor_hidden"])
     critic = mage_td3.Critic(obs_norm, 1, args["critic_hidden"], args["num_critics"])
     actor.load_state_dict(state["actor"])
     critic.load_state_dict(state["critic"])
+    return args, actor, critic
+
+
+def bound_of_run(folder):
+    """Both sides of Proposition 3.1 for the networks at the end of a run."""
+    args, actor, critic = load_networks(folder)
     env = make_env(args["env_id"], seed=args["seed"])
     starts = np.stack([env.reset()[0] for _ in range(10)])
     return proposition(actor, critic, starts, args["env_id"], args["gamma"])

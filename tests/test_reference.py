@@ -1,7 +1,7 @@
 """The README's tables of results say what the files in tests/reference say.
 
-A table below a comment <!-- laptop/Pendulum-v1 --> is about the runs in that folder: a row for each, a number
-for each seed. `python -m tests.test_reference --fix` writes the numbers anew.
+A table below a comment <!-- laptop/Pendulum-v1 --> is about the runs in that folder, or that file: a row for
+each, a number for each seed. `python -m tests.test_reference --fix` writes the numbers anew.
 """
 
 import csv
@@ -29,16 +29,30 @@ FOLDERS = {  # the first cell of a row, where it is not what tests/reference/REA
 }
 
 
+COLUMNS = {  # of a table, and of the file it is from
+    "cosine": "gradient_cosine", "relative error": "gradient_error",
+    "length of ∇ₐQ": "gradient_norm", "true length": "true_norm",
+}  # fmt: skip
+
+
+def read(file):
+    return list(csv.DictReader(file.open(newline="")))
+
+
 def runs(folder, cell):
-    """The rows of eval.csv of every seed of the run that a cell names."""
+    """The rows for every seed of the run that a cell names: those of its eval.csv, or its one in a file."""
     name = cell.replace("`", "")
     name = FOLDERS.get(name, name.lower().removesuffix(".py"))
-    files = sorted((REFERENCE / folder / name).glob("seed-*.csv"))
-    return [list(csv.DictReader(file.open(newline=""))) for file in files]
+    if folder.endswith(".csv"):
+        return [[row] for row in read(REFERENCE / folder) if row["run"] == name]
+    return [read(file) for file in sorted((REFERENCE / folder / name).glob("seed-*.csv"))]
 
 
 def numbers(folder, column, seeds):
-    """What a column of the table says of the runs, or None where it is not about their returns."""
+    """What a column of the table says of the runs, or None where the files do not have it."""
+    if column in COLUMNS:
+        values = [float(row[COLUMNS[column]]) for (row,) in seeds]
+        return ", ".join(f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}" for value in values)
     returns = [[float(row["return_mean"]) for row in rows] for rows in seeds]
     digits = 1 if folder.endswith("Pusher-v4") else 0
     if found := re.fullmatch(r"at step ([\d,]+)", column):
@@ -76,7 +90,7 @@ def filled(text):
 
 def test_the_tables_of_the_readme_are_those_of_the_files():
     text = (ROOT / "README.md").read_text()
-    assert len(TABLE.findall(text)) >= 4 and filled(text) == text, f"run {REPAIR}"
+    assert len(TABLE.findall(text)) >= 5 and filled(text) == text, f"run {REPAIR}"
 
 
 def test_what_is_wrong_in_a_table_is_found():

@@ -1,0 +1,32 @@
+"""How useful the critics are that runs ended with, as CSV: python -m tests.look_at_critics RUN_FOLDERS
+
+For runs of the TD3 family on Pendulum-v1: what the last line of their eval.csv says too, measured as the code
+does it now.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+from common.evaluate import as_policy, evaluate
+from common.gradient_error import load_networks
+from common.oracle import usefulness
+from common.run import EVAL_SEED
+
+
+def main(folders):
+    table = csv.writer(sys.stdout)
+    for number, folder in enumerate(map(Path, folders)):
+        args, actor, critic = load_networks(folder)
+        result = evaluate(as_policy(actor), args["env_id"], 10, seed=EVAL_SEED + args["seed"])
+        row = usefulness(actor, critic, args["env_id"], args["gamma"], result.starts)
+        if number == 0:
+            table.writerow(["run", "seed", "return_mean", *row])
+        table.writerow([folder.parent.name, args["seed"], f"{result.returns.mean():.4f}", *row.values()])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
+    main(sys.argv[1:])
