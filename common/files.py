@@ -46,6 +46,14 @@ def write_whole(path, write, keep=None):
         raise Fault(f"{path} cannot be written ({reason})") from None
 
 
+def figure_path(output):
+    """Where a figure is to be written; BadInput, before any work, if it cannot be there."""
+    path = Path(output)
+    if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir() or path.is_dir():
+        raise BadInput(f"--output {output}: name a .png, .pdf or .svg file in a folder that exists.")
+    return path
+
+
 def write_table(path, rows):
     """A CSV file of rows {column: value}; its columns are all that occur, in order of appearance."""
     text = io.StringIO(newline="")

@@ -11,8 +11,9 @@ Proposition 3.1  the error of the policy gradient with the last critic of each r
 
 Not as in the paper: trajectories start in the same 10 states at every evaluation, and their median counts,
 as the true gradients of one that swings over the top may be thousands of times larger; their rewards go on
-beyond the time limit, which the critics do not know; TD3 makes as many updates as the others. The actor is
-frozen as a function of normalised observations, whose mean and deviation still settle.
+beyond the time limit, which the critics do not know; TD3 makes as many updates as the others; a critic is
+the smaller of two; sizes are the preset's, and the pendulum is that of Pendulum-v1. The actor is frozen as a
+function of normalised observations, whose mean and deviation still settle.
 
 The CSV files beside the figure have its numbers. Runs go to runs/; finished ones are not made again.
 """
@@ -21,6 +22,7 @@ import copy
 import csv
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +35,7 @@ import mage_td3
 from common import BadInput, benchmark
 from common.envs import make_env
 from common.evaluate import load_run
-from common.files import write_table
+from common.files import figure_path, write_table, write_whole
 from common.oracle import action_gradients, critic_gradients
 
 matplotlib.use("Agg")  # no screen is needed
@@ -42,7 +44,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 FROZEN = ["--policy-delay", "1000000000"]
 DDPG = ["--oracle-dynamics", "--num-critics", "1", "--policy-delay", "1", "--target-noise", "0"]
 RUNS = {  # name of the run: script, flags
-    "frozen_mage_td3": ("mage_td3", ["--oracle-dynamics", *FROZEN]),
+    "frozen_mage_td3": ("mage_td3", ["--oracle-dynamics", "--lam", "0.05", *FROZEN]),
     "frozen_dyna_td3": ("dyna_td3", ["--oracle-dynamics", *FROZEN]),
     "frozen_td3": ("td3", ["--updates-per-step", "10", *FROZEN]),
     "mage_ddpg_lam_0": ("mage_td3", [*DDPG, "--lam", "0"]),
@@ -65,7 +67,7 @@ def make_runs(args):
     folders = {}
     for name, (script, flags) in RUNS.items():
         print(name)
-        exp_name = f"{name}_{args.preset}"
+        exp_name = f"{name}_{args.preset}_{args.steps}_steps"
         sweep = ["--scripts", script, "--env-ids", "Pendulum-v1", "--seeds", str(args.seeds)]
         sweep += [] if args.workers is None else ["--workers", str(args.workers)]
         flags = [*flags, "--preset", args.preset, "--total-timesteps", str(200 + args.steps)]
@@ -132,10 +134,11 @@ def read(folder):
 def draw(panel, runs, names, column, scale):
     """Median over seeds of a column of eval.csv, and every seed."""
     for name in names:
+        colour = f"C{list(RUNS).index(name)}"  # the same in every panel
         steps, values = runs[name][0]["step"], np.stack([run[column] for run in runs[name]])  # (seeds, n)
-        (drawn,) = panel.plot(steps, np.median(values, 0), label=name, lw=2)
-        panel.plot(steps, values.T, color=drawn.get_color(), lw=0.5, alpha=0.5)
-    panel.axvline(200, color="0.6", lw=0.8, ls=":")
+        panel.plot(steps, np.median(values, 0), color=colour, label=name, lw=2)
+        panel.plot(steps, values.T, color=colour, lw=0.5, alpha=0.5)
+    panel.axvline(200, color="0.6", lw=0.8, ls=":")  # learning starts
     panel.set(xlabel="environment steps", yscale=scale)
 
 
@@ -148,9 +151,9 @@ def figure(args, runs, bounds):
     cosine.set(title="the same critics", ylabel="cosine with the true action-gradients")
     draw(norm, runs, ddpg, "gradient_norm", "log")
     norm.set(title="figure 5: true dynamics, actor learns", ylabel="mean length of the action-gradient")
-    for name in RUNS:
+    for number, name in enumerate(RUNS):
         left, right = np.array(bounds[name]).T
-        bound.loglog(right, left, "o", ms=5, label=name)
+        bound.loglog(right, left, f"C{number}o", ms=5, label=name)
     ends = np.array([min(map(min, sum(bounds.values(), []))), max(map(max, sum(bounds.values(), [])))])
     bound.plot(ends, ends, color="0.6", lw=0.8, ls=":")
     bound.set(title="proposition 3.1, last critics", xlabel="bound", ylabel="error of the policy gradient")
@@ -158,7 +161,7 @@ def figure(args, runs, bounds):
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(args.output, dpi=150)
+    write_whole(args.output, partial(fig.savefig, format=args.output.suffix[1:], dpi=150))
     plt.close(fig)
 
 
@@ -166,8 +169,9 @@ def main(args):
     for name, least in (("seeds", 1), ("steps", 10)):
         if getattr(args, name) < least:
             raise BadInput(f"--{name} {getattr(args, name)}: give at least {least}.")
-    if args.output.suffix not in (".png", ".pdf", ".svg") or not args.output.absolute().parent.is_dir():
-        raise BadInput(f"--output {args.output}: give the name of a .png file in a folder that exists.")
+    if args.workers is not None and args.workers < 1:
+        raise BadInput(f"--workers {args.workers}: give at least 1.")
+    figure_path(args.output)
     torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     folders = make_runs(args)
     runs = {name: [read(folder) for folder in folders[name]] for name in RUNS}

@@ -8,13 +8,14 @@ ones at every horizon H. A CSV file beside the figure has a row for each seed an
 pg_*     L1 distance from the exact policy gradient. pg_truncation is what true dynamics and exact Q leave:
          the gain acts through H + 1 actions, later ones are in the critic, which the objective holds fixed.
 same_*   L1 distance from the gradient of the same objective with true dynamics and exact Q.
-lemma_*  error and bounds of lemma 4.1, means over the start states, for the model without its noise.
+*_learned_dynamics, *_true_dynamics: with learned Q; *_exact_q: learned dynamics with exact Q.
+lemma_*  error and bounds of lemma 4.1, means over the start states, for the model without its noise;
+         lemma_violated is the share of the starts beyond the appendix's bound.
 """
 
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 import maac_sac
 from common import BadInput, Fault
 from common.envs import make_env
-from common.files import write_table, write_whole
+from common.files import figure_path, write_table, write_whole
 from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import reward_fn, termination_fn
 
@@ -76,13 +77,13 @@ def step_without_noise(dynamics, obs, action):
 
 
 def exact_critic(cost, gamma, obs, action):
-    """Q(s, a) = r(s, a) - gamma/2 s''P s' of the policy with the cost P (2, 2): one critic, (1, n)."""
+    """Q(s, a) = r(s, a) - gamma/2 s'^T P s' of the policy with the cost P (2, 2): one critic, (1, n)."""
     next_obs = DYNAMICS(obs, action)
     return (REWARD(obs, action, next_obs) - gamma / 2 * (next_obs @ cost * next_obs).sum(-1))[None]
 
 
 def policy_gradient(gain, starts, gamma):
-    """Gradient (2,) of J = -1/2 E s_0'P(gain) s_0 by the gain, through the linear system that P solves."""
+    """Gradient (2,) of J = -1/2 E s_0^T P(gain) s_0 by the gain, through the linear system that P solves."""
     cost = double_integrator_cost(gain, gamma)
     return torch.autograd.grad(-(starts @ cost * starts).sum(-1).mean() / 2, gain)[0]
 
@@ -150,7 +151,7 @@ def lemma(path, learned, gain, gamma):
         eps_f = |f^' - f'|    eps_r = |r^' - r'|    eps_q = |Q^' - Q'|    eps_s = |s^ - s|
     and the largest on both paths, over starts and times: L_f of |f'|, L_r of |r'|, L_Q of |Q'|, S of |s|,
     F of |df/da|, C of |f' (1, gain)| (the closed loop), K >= 1 of |dx_t|^(1/t). With L = L_f (1 + |gain|) and
-    n_t = 1 + L + ... + L^(t-1) appendix A.1 has, until its last line puts L for L_r,
+    n_t = 1 + L + ... + L^(t-1) appendix A.1 has, until its last line, which puts L for L_r and drops an L,
         max_{t<H} eps_f (sum_{t<H} (gamma K)^t L_r n_{t+1} + (gamma K)^H L_Q n_H) + eps_q (gamma K)^H
     It is no bound: |dx_0| = |s_0| may exceed K^0, and da = s + gain ds and r' depend on where the state is. A
     model off by a constant, with a critic shifted as its states are, has eps_f = eps_q = 0 and an error.
@@ -200,7 +201,8 @@ def measure(args, seed, starts):
     for h in range(args.horizon + 1):
         found = {name: gradient(policy, *v, starts, args.gamma, h) for name, v in versions.items()}
         row = {f"pg_{name}": (g - exact).abs().sum() for name, g in found.items()}
-        row |= {f"same_{name}": (g - found["truncation"]).abs().sum() for name, g in found.items()}
+        truth = found.pop("truncation")
+        row |= {f"same_{name}": (g - truth).abs().sum() for name, g in found.items()}
         row |= {f"lemma_{name}": values[h].mean() for name, values in sides.items()}
         rows.append({"seed": seed, "horizon": h} | {name: value.item() for name, value in row.items()})
     off = [(hat - true).norm() / true.norm() for true, hat in zip(path, learned, strict=True)]
@@ -214,9 +216,7 @@ def main(args):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
     if not 0 < args.gamma < 1:
         raise BadInput(f"--gamma {args.gamma}: give a number above 0 and below 1.")
-    path = Path(args.output)
-    if path.suffix != ".png" or not path.parent.is_dir() or path.is_dir():
-        raise BadInput(f"--output {path}: name a .png file in a folder that exists.")
+    path = figure_path(args.output)
     torch.set_num_threads(1)
     env = make_env(ENV_ID, seed=10_000)  # the same starts for all seeds
     starts = torch.as_tensor(np.stack([env.reset()[0] for _ in range(STARTS)])).double()
@@ -239,7 +239,7 @@ def main(args):
         panel.set(title=title, xlabel="horizon H", ylabel="error of the gradient")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
-    write_whole(path, partial(figure.savefig, format="png", dpi=150))
+    write_whole(path, partial(figure.savefig, format=path.suffix[1:], dpi=150))
 
 
 if __name__ == "__main__":

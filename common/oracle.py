@@ -39,10 +39,10 @@ def double_integrator(obs, action):
 
 
 def double_integrator_cost(gain, gamma):
-    """P (2, 2) of the exact value -s'Ps / 2 of the linear policy a = gain . s in the double integrator.
+    """P (2, 2) of the exact value -s^T P s / 2 of the linear policy a = gain . s in the double integrator.
 
-    gain is (2,). P = I + gain' gain + gamma (A + B gain)' P (A + B gain) is solved as one linear system, that
-    can be differentiated by gain. The action value is Q(s, a) = r(s, a) - gamma s''P s' / 2, s' = A s + B a.
+    gain is (2,). P = I + gain^T gain + gamma (A + B gain)^T P (A + B gain) is solved as one linear system,
+    which can be differentiated by gain. Q(s, a) = r(s, a) - gamma s'^T P s' / 2 with s' = A s + B a.
     """
     a = torch.tensor([[1.0, 0.05], [0.0, 1.0]], dtype=gain.dtype)
     closed = a + torch.tensor([[0.0], [0.05]], dtype=gain.dtype) * gain  # (2, 2)

@@ -10,6 +10,7 @@ the seeds. Thin dashed lines are published curves of the same environment (any v
 import csv
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,8 @@ import matplotlib
 import numpy as np
 import tyro
 
-from common import BadInput
+from common import BadInput, Fault
+from common.files import figure_path, write_whole
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,16 +50,23 @@ def read(paths, column="return_mean"):
         files += [file for file in inside if file.is_file()]
     for file in sorted(set(files)):
         run = file.parent if file.name == "eval.csv" else file
-        rows = list(csv.DictReader(file.open(newline="")))
-        if not rows or not {"step", "return_mean", "seconds"} <= set(rows[0]):
-            raise BadInput(f"{file} is not an eval.csv: its columns should be step, return_mean, seconds.")
-        if column not in rows[0]:
-            raise BadInput(f"--column {column}: {file} has {', '.join(rows[0])}.")
-        columns = [np.array([float(row[c]) for row in rows]) for c in ("step", column, "seconds")]
-        *_, env_id, name, _ = run.absolute().parts
+        try:
+            rows = list(csv.DictReader(file.open(newline="")))
+            head = list(rows[0])
+            columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
+            *_, env_id, name, _ = run.absolute().parts
+        except (ValueError, TypeError, LookupError, csv.Error):
+            name = "<env-id>/<name>/seed-<n>"
+            raise BadInput(f"{file} is not the eval.csv of a run {name}: leave it out.") from None
+        try:
+            columns[1] = np.array([float(row[column]) for row in rows])
+        except (ValueError, TypeError, LookupError):
+            fix = f"it has {', '.join(head)}: choose one of them, or leave the file out"
+            raise BadInput(f"--column {column}: not in {file}; {fix}.") from None
         found.setdefault(env_id, {}).setdefault(name, []).append(columns)
     if not found:
-        raise BadInput(f"{' '.join(paths)}: no eval.csv and no seed-*.csv there; name folders of runs.")
+        where = " ".join(paths) or "RUNS"
+        raise BadInput(f"{where}: no eval.csv and no seed-*.csv there; name folders of runs.")
     return found
 
 
@@ -71,7 +80,7 @@ def smoothed(values, window):
 
 def together(seeds, args):
     """Curves of several seeds at common places -> x (n,), returns (seeds, n)."""
-    cut = [s[0] <= args.last_step if args.last_step else slice(None) for s in seeds]
+    cut = [s[0] <= (args.last_step or np.inf) for s in seeds]
     curves = [(s[2] / 60 if args.time else s[0], smoothed(s[1], args.smooth)) for s in seeds]
     curves = [(x[c], y[c]) for (x, y), c in zip(curves, cut, strict=True)]
     last = min(x[-1] for x, _ in curves)  # as far as every seed has come
@@ -110,7 +119,15 @@ def published(env_id):
 def main(args):
     if args.smooth < 1:
         raise BadInput(f"--smooth {args.smooth}: give at least 1, which leaves the curves as they are.")
+    output = figure_path(args.output)
     found = read(args.runs, args.column)
+    curves = [curve for runs in found.values() for seeds in runs.values() for curve in seeds]
+    least = max(1, *(steps[0] for steps, *_ in curves))
+    if args.last_step is not None and args.last_step < least:
+        raise BadInput(f"--last-step {args.last_step}: give at least {least:.0f}, where all curves are.")
+    lowest = min(values.min() for _, values, _ in curves)
+    if args.log and lowest <= 0:
+        raise BadInput(f"--log: {args.column} goes down to {lowest:.4g}: leave it out.")
     names = sorted({name for runs in found.values() for name in runs})
     colour = {name: plt.cm.tab10(i % 10) for i, name in enumerate(names)}
     columns = min(len(found), 3)
@@ -137,11 +154,9 @@ def main(args):
                 if within.sum() > 1:
                     label = f"{name}, published"
                     panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
-        if args.log and floor <= 0:
-            raise BadInput(f"--log: {args.column} of {env_id} goes down to {floor:.4g}: leave it out.")
         room = 0.05 * (ceiling - floor) or 1.0  # intervals over few seeds may go far beyond
         panel.set_ylim(*((floor / 1.2, ceiling * 1.2) if args.log else (floor - room, ceiling + room)))
-        ylabel = args.column.removesuffix("_mean").replace("_", " ")
+        ylabel = f"{args.statistic} {args.column.removesuffix('_mean').replace('_', ' ')}"
         panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel=ylabel)
         panel.set_yscale("log" if args.log else "linear")
         panel.grid(alpha=0.25)
@@ -149,16 +164,13 @@ def main(args):
     for panel in panels.flat[len(found) :]:
         panel.axis("off")
     figure.tight_layout()
-    try:
-        figure.savefig(args.output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--output {args.output} cannot be written ({error}).") from None
+    write_whole(output, partial(figure.savefig, format=output.suffix[1:], dpi=150))
     plt.close(figure)
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, Fault) as error:
+        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

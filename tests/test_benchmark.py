@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,9 +190,32 @@ def test_published_curves_are_of_the_same_environment():
     assert 4000 < value[step == 25000] < 6000  # 5042 +- 935 in its authors' figure
 
 
-@pytest.mark.parametrize("runs", [["nowhere"], ["table.csv"]])
-def test_what_is_no_run_is_refused(runs):
-    Path("table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(BadInput):
-        common.plot.main(common.plot.Args(runs, "figure.png"))
-    assert not Path("figure.png").exists()
+HEAD = "step,return_mean,seconds\n"
+
+
+@pytest.mark.parametrize("text, changes, hint", [
+    (None, dict(runs=["nowhere"]), "nowhere"),
+    (None, dict(runs=[]), "RUNS"),
+    ("a,b\n1,2\n", {}, "seed-0.csv is not"),
+    ("", {}, "seed-0.csv is not"),
+    (HEAD + "0,1,2\n250,", {}, "seed-0.csv is not"),  # a line was cut
+    (HEAD + "0,1,two\n", {}, "seed-0.csv is not"),
+    ("\0\xff", {}, "seed-0.csv is not"),
+    (HEAD + "0,1,2\n", dict(column="return_std"), "--column return_std"),
+    ("step,return_mean,seconds,return_std\n0,1,2,\n", dict(column="return_std"), "--column return_std"),
+    (HEAD + "0,-1,2\n", dict(log=True), "--log"),
+    (HEAD + "0,1,2\n", dict(last_step=0), "--last-step 0"),
+    (HEAD + "250,1,2\n", dict(last_step=249), "--last-step 249: give at least 250"),
+    (HEAD + "0,1,2\n", dict(smooth=0), "--smooth 0"),
+    (HEAD + "0,1,2\n", dict(output="nowhere/a.png"), "--output nowhere/a.png"),
+    (HEAD + "0,1,2\n", dict(output="a.jpg"), "--output a.jpg"),
+    (HEAD + "0,1,2\n", dict(output="runs"), "--output runs"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(text, changes, hint, capsys):
+    Path("runs/Env-v0/name").mkdir(parents=True)
+    if text is not None:
+        Path("runs/Env-v0/name/seed-0.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(BadInput, match=re.escape(hint)) as refused:
+        common.plot.main(common.plot.Args(**{"runs": ["runs"], "output": "figure.png"} | changes))
+    assert len(str(refused.value).splitlines()) == 1 and str(refused.value).endswith(".")
+    assert os.listdir() == ["runs"] and not capsys.readouterr().out

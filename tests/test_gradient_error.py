@@ -48,7 +48,7 @@ def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, c
     assert len(rows) == 5 * 2 * 5  # runs, seeds, evaluations
     for name in gradient_error.RUNS:
         for seed in (0, 1):
-            run = tmp_path / f"runs/Pendulum-v1/{name}_laptop/seed-{seed}"
+            run = tmp_path / f"runs/Pendulum-v1/{name}_laptop_800_steps/seed-{seed}"
             copied = [row for row in rows if row["run"] == name and row["seed"] == str(seed)]
             for ours, theirs in zip(copied, table(run, "eval"), strict=True):
                 for column in gradient_error.COLUMNS:
@@ -60,7 +60,7 @@ def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, c
     starts = np.stack([env.reset()[0] for _ in range(10)])
     for row in bounds:
         if row["run"].startswith("frozen") and row["seed"] == "1":
-            nets = trained(tmp_path / f"runs/Pendulum-v1/{row['run']}_laptop/seed-1")
+            nets = trained(tmp_path / f"runs/Pendulum-v1/{row['run']}_laptop_800_steps/seed-1")
             left, right = gradient_error.proposition(*nets, starts, "Pendulum-v1", 0.99)
             assert [row["policy_gradient_error"], row["bound"]] == [f"{left:.5g}", f"{right:.5g}"]
     table_printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -77,7 +77,7 @@ def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
     gradient_error.main(gradient_error.Args(tmp_path / "figure.png", seeds=1, steps=80))
     settings = {}
     for name in gradient_error.RUNS:
-        folder = tmp_path / f"runs/Pendulum-v1/{name}_laptop/seed-0"
+        folder = tmp_path / f"runs/Pendulum-v1/{name}_laptop_80_steps/seed-0"
         state = checkpoint(folder)
         settings[name] = state["args"]
         steps = {
@@ -101,7 +101,7 @@ def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
 
 @pytest.mark.parametrize("words, named", [
     (["--seeds", "0"], "--seeds"), (["--steps", "5"], "--steps"), (["--workers", "0"], "--workers"),
-    (["-o", "nowhere/x.png"], "--output"), (["-o", "x.txt"], "--output"),
+    (["-o", "nowhere/x.png"], "--output"), (["-o", "x.txt"], "--output"), (["-o", "."], "--output"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_before_anything_exists(words, named, tmp_path):
     command = [sys.executable, "-m", "common.gradient_error", *words]
@@ -109,4 +109,5 @@ def test_bad_input_is_one_sentence_before_anything_exists(words, named, tmp_path
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and named in done.stderr
+    assert not done.stdout
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
