@@ -159,7 +159,7 @@ def figure(args, runs, bounds):
     bound.set(title="proposition 3.1, last critics", xlabel="bound", ylabel="error of the policy gradient")
     for panel in fig.axes:
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="lower right" if panel is cosine else "best")
     fig.tight_layout()
     write_whole(args.output, partial(fig.savefig, format=args.output.suffix[1:], dpi=150))
     plt.close(fig)
