@@ -16,7 +16,8 @@ Values are those of the authors' code where the paper has none. Not as there:
 - S whole trajectories start in a state, as the paper says; their last version samples S last actions.
 - The smaller critic counts on each trajectory, theirs on the mean; predictions are not clipped.
 - Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.
-- A member is done after 5 epochs without progress on its held-out rows, and gets its best weights back.
+- A member is done after 5 epochs, and 100 steps, without progress on held-out rows, and gets its best weights
+  back. With epochs alone a fit of few rows ends almost untrained, and its noise ruins the critic.
 - Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
 
 python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -121 to -145, one seed of five -507; 4 minutes
@@ -99,7 +100,8 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL,
                **dict.fromkeys(("Walker2d-v4", "Walker2d-v5", "mbbl/Walker2d-v0"), LAPTOP | WALKER)},
 }
-MODEL_BATCH, HELD_OUT, PATIENCE = 256, 5, 5  # rows per step; one row in 5 only judges a member; epochs
+MODEL_BATCH, HELD_OUT = 256, 5  # rows of a step; one row in 5 only judges a member
+PATIENCE = 5, 100  # epochs, and gradient steps, without progress before a member is done
 LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
 
 
@@ -256,11 +258,11 @@ def hold_out(rows, members, device):
     return (torch.arange(HELD_OUT, device=device)[:, None] == pick[:, None]).flatten(0, 1)[:rows]
 
 
-def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
+def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     """Maximum likelihood with early stopping, each member for itself -> held-out losses (K,), epochs.
 
     held_out (capacity, K): the rows that member k is judged on and never trained on, which is also what makes
-    the members differ (the bootstrap). A member without progress for PATIENCE epochs is done; in the end each
+    the members differ (the bootstrap). A member without progress for long (PATIENCE) is done; in the end each
     gets back the weights with which it did best.
     """
     size = int(buffer.size)
@@ -272,6 +274,8 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
         fewest = min(len(r) for r in rows)
         return torch.stack([r[torch.randperm(len(r), device=r.device)[:fewest]] for r in rows])
 
+    steps = math.ceil(min(map(len, train)) / MODEL_BATCH)  # in an epoch
+    patience = max(PATIENCE[0], math.ceil(PATIENCE[1] / steps))
     judge = draw(test)[:, :2000]
     parameters = list(model.parameters())
     best = [p.detach().clone() for p in parameters]
@@ -283,12 +287,12 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=200):
             descend(optimizer, model_losses(model, obs[rows], action[rows], next_obs[rows]).mean())
         with torch.no_grad():
             losses = model_losses(model, obs[judge], action[judge], next_obs[judge])
-            better = (losses < lowest - 0.01) & (stale < PATIENCE)  # (K,)
+            better = (losses < lowest - 0.01) & (stale < patience)  # (K,)
             lowest, stale = torch.where(better, losses, lowest), torch.where(better, 0, stale + 1)
             best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
         if not losses.isfinite().all():
             return losses, epochs  # for the run to stop
-        if (stale >= PATIENCE).all():
+        if (stale >= patience).all():
             break
     with torch.no_grad():
         for p, b in zip(parameters, best, strict=True):
