@@ -326,7 +326,7 @@ def test_members_that_overfit_stop_early_and_get_their_best_weights_back():
 
 def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch):
     """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then worse."""
-    script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 50)
+    script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 150)
     *_, model = networks(ds=2, da=1, members=2)
     model.float()
     real, seen = maac_sac.model_losses, []
@@ -343,9 +343,23 @@ def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch
         buffer.add(*(np.random.randn(n) for n in (2, 1, 1, 2)), False)
     held_out = maac_sac.hold_out(100, 2, "cpu")
     losses, epochs = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, held_out)
-    assert losses.tolist() == [5, 4] and epochs == 3 + maac_sac.PATIENCE
+    assert losses.tolist() == [5, 4] and epochs == 3 + 100  # epochs of one step
     for p, first, third in zip(model.parameters(), seen[1], seen[3], strict=True):
         assert torch.equal(p[0], first[0]) and torch.equal(p[1], third[1])
+
+
+@pytest.mark.parametrize("rows, epochs", [(100, 100), (1000, 25), (5000, 7), (10_000, 5)])
+def test_a_fit_ends_after_five_epochs_and_a_hundred_steps_without_progress(rows, epochs, monkeypatch):
+    """Epochs of 1, 4, 16 and 32 steps. (A fit of 1000 rows of HalfCheetah needs some 700 steps.)"""
+    steps = []
+    monkeypatch.setattr(maac_sac, "model_losses", lambda model, *batch: torch.zeros(2))
+    monkeypatch.setattr(maac_sac, "descend", lambda *args: steps.append(1))
+    *_, model = networks(ds=2, da=1, members=2)
+    buffer = maac_sac.ReplayBuffer(rows, 2, 1, "cpu")
+    buffer.added = rows
+    buffer.size.fill_(rows)
+    _, made = maac_sac.fit_model(model, None, buffer, maac_sac.hold_out(rows, 2, "cpu"))
+    assert made == epochs and len(steps) == epochs * round(0.8 * rows / 256 + 0.5)
 
 
 def test_every_member_holds_out_a_fifth_of_the_rows_and_another_one():
