@@ -154,6 +154,7 @@ def main(args):
                 if within.sum() > 1:
                     label = f"{name}, published"
                     panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
+                    floor, ceiling = min(floor, *returns[within]), max(ceiling, *returns[within])
         room = 0.05 * (ceiling - floor) or 1.0  # intervals over few seeds may go far beyond
         panel.set_ylim(*((floor / 1.2, ceiling * 1.2) if args.log else (floor - room, ceiling + room)))
         ylabel = f"{args.statistic} {args.column.removesuffix('_mean').replace('_', ' ')}"
