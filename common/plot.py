@@ -2,15 +2,20 @@
 
     python -m common.plot runs tests/reference/laptop/Pendulum-v1 -o pendulum.png
 
-RUNS are folders (of one run, or above many) or CSV files; <env-id>/<name>/seed-<n> in their paths says what
-belongs together: a panel for each environment, in it a line for each name with a 95% confidence interval over
-the seeds. Thin dashed lines are published curves of the same environment (any version of it).
+RUNS are folders (of one run, or above many) or CSV files; <env-id>/<name>/seed-<n> in their paths, or a run's
+args.json, says what belongs together: a panel for each environment, in it a line for each name with a 95%
+confidence interval over the seeds, or with each seed as a thin line where they are fewer than five. What lies
+in different folders is never averaged: the lines are then named after them too. Grey dashed lines are
+published curves of the same environment (tests/reference).
 """
 
 import csv
+import json
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +30,8 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 PUBLISHED = Path(__file__).parent.parent / "tests/reference/published_curves.csv"
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+STYLES, MARKERS = ["-", (0, (4, 1)), (0, (1, 1))], "osD^v<>PX*"
 STUDENT = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 97.5%, by degrees of freedom
 
 
@@ -41,21 +48,37 @@ class Args:
     last_step: int | None = None  # cut the curves there
 
 
+def place(run):
+    """Environment, name, and the folder above both, of a run's folder or its CSV file."""
+    *above, env_id, name, _ = run.absolute().parts
+    if (run / "args.json").is_file():  # a folder that --run-dir named may be called anything
+        told = json.loads((run / "args.json").read_text())
+        given = told["args"]
+        chosen = given["env_id"].replace("/", "_"), given["exp_name"] or Path(told["script"]).stem
+        if chosen != (env_id, name):
+            return *chosen, str(run.absolute().parent)
+    return env_id, name, str(Path(*above))
+
+
 def read(paths, column="return_mean"):
     """-> {env_id: {name: [(steps, values, seconds) of each seed]}}, arrays (evaluations,)."""
     found = {}
     files = []
     for path in map(Path, paths):
         inside = [*path.rglob("eval.csv"), *path.rglob("seed-*.csv")] if path.is_dir() else [path]
-        files += [file for file in inside if file.is_file()]
-    for file in sorted(set(files)):
+        if not any(file.is_file() for file in inside):
+            raise BadInput(f"{path}: no eval.csv and no seed-*.csv there; name folders of runs.")
+        files += sorted(file.resolve() for file in inside if file.is_file())
+    if not files:
+        raise BadInput("RUNS: name at least one folder, such as runs.")
+    for file in dict.fromkeys(files):  # a run that two folders have in common counts once
         run = file.parent if file.name == "eval.csv" else file
         try:
             rows = list(csv.DictReader(file.open(newline="")))
             head = list(rows[0])
             columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
-            *_, env_id, name, _ = run.absolute().parts
-        except (ValueError, TypeError, LookupError, csv.Error):
+            env_id, name, folder = place(run)
+        except (ValueError, TypeError, LookupError, AttributeError, csv.Error):
             name = "<env-id>/<name>/seed-<n>"
             raise BadInput(f"{file} is not the eval.csv of a run {name}: leave it out.") from None
         try:
@@ -63,10 +86,14 @@ def read(paths, column="return_mean"):
         except (ValueError, TypeError, LookupError):
             fix = f"it has {', '.join(head)}: choose one of them, or leave the file out"
             raise BadInput(f"--column {column}: not in {file}; {fix}.") from None
-        found.setdefault(env_id, {}).setdefault(name, []).append(columns)
-    if not found:
-        where = " ".join(paths) or "RUNS"
-        raise BadInput(f"{where}: no eval.csv and no seed-*.csv there; name folders of runs.")
+        found.setdefault(env_id, {}).setdefault((name, folder), []).append(columns)
+    above = os.path.commonpath([folder for runs in found.values() for _, folder in runs])
+    for env_id, runs in found.items():
+        names = [name for name, _ in runs]
+        found[env_id] = {
+            name if names.count(name) == 1 else os.path.join(os.path.relpath(folder, above), name): seeds
+            for (name, folder), seeds in runs.items()
+        }
     return found
 
 
@@ -78,7 +105,7 @@ def smoothed(values, window):
     return (sums[index] - sums[start]) / (index - start)
 
 
-def together(seeds, args):
+def together(seeds, args, name):
     """Curves of several seeds at common places -> x (n,), returns (seeds, n)."""
     cut = [s[0] <= (args.last_step or np.inf) for s in seeds]
     curves = [(s[2] / 60 if args.time else s[0], smoothed(s[1], args.smooth)) for s in seeds]
@@ -86,6 +113,8 @@ def together(seeds, args):
     last = min(x[-1] for x, _ in curves)  # as far as every seed has come
     places = curves[0][0] if not args.time else np.linspace(0, last, 200)
     places = places[places <= last]
+    if not args.time and places[-1] < (longest := max(x[-1] for x, _ in curves)):
+        print(f"{name}: drawn until step {last:.0f}, where one seed ends, not {longest:.0f}", file=sys.stderr)
     return places, np.stack([np.interp(places, x, y) for x, y in curves])
 
 
@@ -108,11 +137,15 @@ def middle(values, statistic):
 
 
 def published(env_id):
-    """{algorithm: (steps, returns)} of any version of an environment."""
+    """{algorithm: (steps, returns)} of any version of an environment; of none without the tests' folder."""
     found = {}
+    if not PUBLISHED.exists():
+        return found
     for row in csv.DictReader(PUBLISHED.open(newline="")):
         if row["env"].rsplit("-", 1)[0] == env_id.rsplit("-", 1)[0]:
-            found.setdefault(row["algorithm"], []).append((float(row["step"]), float(row["return_mean"])))
+            other = f", {row['env'].rsplit('-', 1)[1]}" * (row["env"] != env_id)
+            points = found.setdefault(row["algorithm"] + other, [])
+            points.append((float(row["step"]), float(row["return_mean"])))
     return {name: np.array(points).T for name, points in found.items()}
 
 
@@ -129,31 +162,37 @@ def main(args):
     if args.log and lowest <= 0:
         raise BadInput(f"--log: {args.column} goes down to {lowest:.4g}: leave it out.")
     names = sorted({name for runs in found.values() for name in runs})
-    colour = {name: plt.cm.tab10(i % 10) for i, name in enumerate(names)}
+    look = {name: dict(color=COLOURS[i % 7], ls=STYLES[i // 7 % 3]) for i, name in enumerate(names)}
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    figure, panels = plt.subplots(rows, columns, squeeze=False, layout="constrained")
+    entries = 1  # lines of the longest legend
     print("| environment | run | seeds | at the end | highest evaluation of the mean, +- std over seeds |")
     print("|---|---|---|---|---|")
     for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
         far, floor, ceiling = 0.0, np.inf, -np.inf
         for name, seeds in runs.items():
-            x, values = together(seeds, args)
+            x, values = together(seeds, args, name)
             line, (low, high) = middle(values, args.statistic)
             far, floor, ceiling = max(far, x[-1]), min(floor, values.min()), max(ceiling, values.max())
-            panel.plot(x, line, color=colour[name], label=f"{name} ({len(seeds)})", lw=1.8)
-            panel.fill_between(x, low, high, color=colour[name], alpha=0.15, lw=0)
+            count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+            panel.plot(x, line, **look[name], label=f"{name}, {count}", lw=1.8)
+            if len(seeds) < 5:  # their interval, several deviations wide, would say less than they do
+                panel.plot(x, values.T, **look[name], lw=0.6, alpha=0.6)
+            else:
+                panel.fill_between(x, low, high, color=look[name]["color"], alpha=0.15, lw=0)
             best = values.mean(0).argmax()  # the maximum average return of MAGE's table 1
             half = f" +- {(high - low)[-1] / 2:.4g}" if len(seeds) > 1 else ""
             top = f"{values.mean(0)[best]:.4g} +- {values.std(0, ddof=min(1, len(seeds) - 1))[best]:.4g}"
             at = f"{x[best]:.1f} min" if args.time else f"step {x[best]:.0f}"
             print(f"| {env_id} | {name} | {len(seeds)} | {line[-1]:.4g}{half} | {top} at {at} |")
         if args.published and not args.time and args.column == "return_mean":
+            markers = cycle(MARKERS)
             for name, (steps, returns) in published(env_id).items():
                 within = steps <= far
                 if within.sum() > 1:
-                    label = f"{name}, published"
-                    panel.plot(steps[within], returns[within], "--", lw=0.7, alpha=0.7, label=label)
+                    thin = dict(color="0.45", marker=next(markers), ms=3.5, mfc="none", lw=0.7, ls="--")
+                    panel.plot(steps[within], returns[within], **thin, label=f"{name}, published")
                     floor, ceiling = min(floor, *returns[within]), max(ceiling, *returns[within])
         room = 0.05 * (ceiling - floor) or 1.0  # intervals over few seeds may go far beyond
         panel.set_ylim(*((floor / 1.2, ceiling * 1.2) if args.log else (floor - room, ceiling + room)))
@@ -161,17 +200,21 @@ def main(args):
         panel.set(title=env_id, xlabel="minutes" if args.time else "environment steps", ylabel=ylabel)
         panel.set_yscale("log" if args.log else "linear")
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=7)
+        labels = panel.get_legend_handles_labels()[1]
+        beside = max(1, 80 // (8 + max(map(len, labels))))  # columns: some 80 letters fit below a panel
+        entries = max(entries, -(-len(labels) // beside))
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+        panel.legend(fontsize=8, ncols=beside, **below)
     for panel in panels.flat[len(found) :]:
         panel.axis("off")
-    figure.tight_layout()
+    figure.set_size_inches(5.2 * columns, (3.8 + 0.17 * entries) * rows)
     write_whole(output, partial(figure.savefig, format=output.suffix[1:], dpi=150))
     plt.close(figure)
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, prog="python -m common.plot"))
     except (BadInput, Fault) as error:
         print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

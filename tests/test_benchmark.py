@@ -141,7 +141,7 @@ def test_a_figure_and_its_table(capsys):
     write(Path("ref/Hopper-v4/b/seed-0.csv"), [0, 1000], [1, 2])
     common.plot.main(common.plot.Args(["runs", "ref"], "figure.png"))
     assert Path("figure.png").read_bytes()[:4] == b"\x89PNG"
-    b, a = capsys.readouterr().out.splitlines()[2:]
+    a, b = capsys.readouterr().out.splitlines()[2:]
     # mean 7, deviation 3, Student's t with 2 degrees of freedom 4.30
     assert "| Hopper-v4 | a | 3 | 7 +- 7.448 | 13 +- 3 at step 1000 |" == a
     assert "| Hopper-v4 | b | 1 | 2 | 2 +- 0 at step 1000 |" == b
@@ -162,12 +162,39 @@ def test_any_column_can_be_drawn(capsys):
     assert not Path("other.png").exists()
 
 
-def test_curves_are_compared_where_all_seeds_are():
+def test_curves_are_compared_where_all_seeds_are(capsys):
     args = common.plot.Args([])
     two = (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))
     seeds = [[np.array(x, float) for x in (s, r, s)] for s, r in two]
-    x, values = common.plot.together(seeds, args)
+    x, values = common.plot.together(seeds, args, "name")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1], [4, 6]]
+    assert capsys.readouterr().err == "name: drawn until step 10, where one seed ends, not 20\n"
+
+
+def test_what_lies_in_different_folders_is_not_averaged(capsys):
+    for folder, value in (("mine/runs", 1), ("reference", 5)):
+        write(Path(folder, "Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, value])
+    write(Path("reference/Hopper-v4/b/seed-0/eval.csv"), [0, 1000], [0, 2])
+    found = common.plot.read(["mine", "reference", "reference/Hopper-v4"])["Hopper-v4"]
+    ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
+    assert ends == {"mine/runs/a": [1], "reference/a": [5], "b": [2]}
+
+
+def test_a_run_in_any_folder_is_known_by_its_arguments():
+    for folder, seed in (("one", 0), ("two", 1)):
+        write(Path(folder, "eval.csv"), [0, 1000], [0, seed])
+        told = {"script": "mage_td3.py", "args": {"env_id": "mbbl/Ant-v0", "exp_name": None, "seed": seed}}
+        Path(folder, "args.json").write_text(json.dumps(told))
+    found = common.plot.read(["one", "two"])
+    assert list(found) == ["mbbl_Ant-v0"] and len(found["mbbl_Ant-v0"]["mage_td3"]) == 2
+
+
+def test_a_copy_without_the_published_curves_draws_its_own(monkeypatch):
+    write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 50_000], [0, 1])
+    for there in (True, False):
+        common.plot.main(common.plot.Args(["runs"], "figure.svg"))
+        assert ("SAC, published" in Path("figure.svg").read_text()) is there
+        monkeypatch.setattr(common.plot, "PUBLISHED", Path("nowhere.csv"))
 
 
 def test_the_running_mean_looks_back_only():
@@ -185,7 +212,7 @@ def test_the_median_is_not_moved_by_one_seed():
 
 def test_published_curves_are_of_the_same_environment():
     curves = common.plot.published("HalfCheetah-v4")
-    assert {"SAC", "MBPO", "TD3"} <= set(curves) and not common.plot.published("Pendulum-v1")
+    assert {"SAC", "MBPO", "TD3, v1"} <= set(curves) and not common.plot.published("Pendulum-v1")
     step, value = curves["MBPO"]
     assert 4000 < value[step == 25000] < 6000  # 5042 +- 935 in its authors' figure
 
@@ -195,6 +222,7 @@ HEAD = "step,return_mean,seconds\n"
 
 @pytest.mark.parametrize("text, changes, hint", [
     (None, dict(runs=["nowhere"]), "nowhere"),
+    (HEAD + "0,1,2\n", dict(runs=["runs", "rnus"]), "rnus: no eval.csv"),
     (None, dict(runs=[]), "RUNS"),
     ("a,b\n1,2\n", {}, "seed-0.csv is not"),
     ("", {}, "seed-0.csv is not"),
