@@ -153,7 +153,7 @@ def figure(args, runs, bounds):
     norm.set(title="figure 5: true dynamics, actor learns", ylabel="mean length of the action-gradient")
     for number, name in enumerate(RUNS):
         left, right = np.array(bounds[name]).T
-        bound.loglog(right, left, f"C{number}o", ms=5, label=name)
+        bound.loglog(right, left, f"C{number}o", ms=6, mfc="none", label=name)
     ends = np.array([min(map(min, sum(bounds.values(), []))), max(map(max, sum(bounds.values(), [])))])
     bound.plot(ends, ends, color="0.6", lw=0.8, ls=":")
     bound.set(title="proposition 3.1, last critics", xlabel="bound", ylabel="error of the policy gradient")

@@ -38,10 +38,10 @@ STARTS, SAMPLES = 256, 4  # states the objective starts in; trajectories of the 
 SIZES = maac_sac.Args(**maac_sac.LAPTOP_SMALL)  # of networks, batches and steps: the laptop preset's
 LEARNED, TRUE = ("C3-", "learned dynamics, learned Q"), ("C0-", "true dynamics, learned Q")  # style, name
 PANELS = {
-    "L1 error against the policy gradient": {
+    "MAAC figure 3: L1 error, policy gradient": {
         "pg_learned_dynamics": LEARNED, "pg_true_dynamics": TRUE,
         "pg_truncation": ("k--", "true dynamics, exact Q (truncation)")},
-    "L1 error against the same objective, exact": {
+    "L1 error, the same objective made exact": {
         "same_learned_dynamics": LEARNED, "same_true_dynamics": TRUE,
         "same_exact_q": ("C1-.", "learned dynamics, exact Q")},
     "Lemma 4.1: L2 error, mean over starts": {
@@ -227,7 +227,7 @@ def main(args):
     print("| H | " + " | ".join(shown) + " |\n" + "|---" * (len(shown) + 1) + "|")
     for h in sorted({*(h for h in (0, 1, 2, 3, 5, 8, 12, 20, 30) if h < args.horizon), args.horizon}):
         print(f"| {h} | " + " | ".join(f"{table[c][:, h].mean():.3g}" for c in shown) + " |")
-    figure = Figure(figsize=(15, 4.2), layout="tight")
+    figure = Figure(figsize=(11.5, 4), layout="tight")
     for panel, (title, lines) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         for column, (style, label) in lines.items():
             values = table[column]  # (seeds, T): their mean, and from the smallest to the largest
@@ -236,7 +236,8 @@ def main(args):
             panel.fill_between(range(len(ends[0])), *ends, color=style.strip("-."), alpha=0.15, lw=0)
         means = np.stack([table[column].mean(0) for column in lines])[:, 1:]  # at H = 0 one of them is 0
         panel.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
-        panel.set(title=title, xlabel="horizon H", ylabel="error of the gradient")
+        panel.set_title(title, fontsize=10)
+        panel.set(xlabel="horizon H", ylabel="error of the gradient")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
     write_whole(path, partial(figure.savefig, format=path.suffix[1:], dpi=150))
