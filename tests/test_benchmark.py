@@ -210,6 +210,35 @@ def test_the_median_is_not_moved_by_one_seed():
     assert line == 2 and high - 2 == pytest.approx(12.71)
 
 
+def test_curves_are_cut_smoothed_and_drawn_against_minutes():
+    seeds = [[np.array(x, float) for x in ([0, 10, 20], [0, 2, 8], [0, 60, 120])]]
+    x, values = common.plot.together(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
+    assert x.tolist() == [0, 10] and values.tolist() == [[0, 1]]
+    x, values = common.plot.together(seeds, common.plot.Args([], time=True), "a")
+    assert (x[0], x[-1]) == (0, 2) and values[0, [0, -1]].tolist() == [0, 8]
+    np.testing.assert_allclose(values[0], np.where(x < 1, 2 * x, 6 * x - 4))
+
+
+def test_intervals_are_of_95_percent():
+    """Student's t from a printed table; for the median of nine, binomial: the second value has 3.0% below."""
+    for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (31, 2.042), (101, 1.984)):
+        values = np.random.default_rng(n).normal(size=(n, 1))
+        _, (low, high) = common.plot.middle(values, "mean")
+        half = t * values.std(ddof=1) / np.sqrt(n)
+        assert (high - low)[0] / 2 == pytest.approx(half, rel=0.015)
+        assert (high + low)[0] / 2 == pytest.approx(values.mean())
+    line, (low, high) = common.plot.middle(np.arange(1.0, 10)[:, None], "median")
+    assert (line, low, high) == (5, 2, 8)
+
+
+def test_the_table_takes_the_median_and_the_spread_where_the_mean_is_highest(capsys):
+    for seed, returns in enumerate(([0, 6, 9], [0, 6, 9], [0, 18, 2])):
+        write(Path(f"runs/Hopper-v4/a/seed-{seed}/eval.csv"), [0, 1000, 2000], returns)
+    common.plot.main(common.plot.Args(["runs"], "figure.png", statistic="median"))
+    *_, row = capsys.readouterr().out.splitlines()
+    assert "| Hopper-v4 | a | 3 | 9 +- 3.5 | 10 +- 6.928 at step 1000 |" == row
+
+
 def test_published_curves_are_of_the_same_environment():
     curves = common.plot.published("HalfCheetah-v4")
     assert {"SAC", "MBPO", "TD3, v1"} <= set(curves) and not common.plot.published("Pendulum-v1")

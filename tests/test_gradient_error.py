@@ -99,6 +99,27 @@ def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
         )
 
 
+def test_the_figure_has_medians_over_seeds_and_errors_over_their_bounds(tmp_path, monkeypatch):
+    columns = {name: np.array([1.0, 10.0]) for name in gradient_error.COLUMNS}
+    seeds = [{name: values * factor for name, values in columns.items()} for factor in (1, 2, 6)]
+    for run in seeds:
+        run["step"] = np.array([200.0, 210.0])
+    figures, close = [], gradient_error.plt.close
+    monkeypatch.setattr(gradient_error.plt, "close", figures.append)
+    monkeypatch.setattr(gradient_error, "write_whole", lambda *args: None)
+    names, bounds = list(gradient_error.RUNS), [(1.0, 2.0), (3.0, 5.0)]  # (error, bound) of two seeds
+    args = gradient_error.Args(tmp_path / "figure.png")
+    gradient_error.figure(args, dict.fromkeys(names, seeds), dict.fromkeys(names, bounds))
+    error, cosine, norm, bound = figures[0].axes
+    for panel, start in ((error, "frozen"), (cosine, "frozen"), (norm, "mage_ddpg")):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+        shown = [name for name in names if name.startswith(start)]
+        assert [lines[name] for name in shown] == [[[200, 2], [210, 20]]] * len(shown)
+    dots = {line.get_label(): line.get_xydata().tolist() for line in bound.lines}
+    assert [dots[name] for name in names] == [[[2, 1], [5, 3]]] * 5
+    close(figures[0])
+
+
 @pytest.mark.parametrize("words, named", [
     (["--seeds", "0"], "--seeds"), (["--steps", "5"], "--steps"), (["--workers", "0"], "--workers"),
     (["-o", "nowhere/x.png"], "--output"), (["-o", "x.txt"], "--output"), (["-o", "."], "--output"),

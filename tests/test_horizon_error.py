@@ -276,6 +276,28 @@ def test_model_and_critic_learn(monkeypatch):
     assert (trained < torch.tensor([0.1, 0.1, 0.1, 0.2]) * untrained).all(), trained / untrained
 
 
+def test_the_data_are_noisy_episodes_of_the_policy_and_follow_the_seed(monkeypatch):
+    buffers = []
+    monkeypatch.setattr(maac_sac, "fit_model", lambda *args: buffers.append(args[2]))
+
+    def data(seed):
+        he.learn(he.Args(steps=104, critic_updates=0), seed)
+        buffer = buffers.pop()
+        return buffer.rows.double().split(buffer.widths, -1)
+
+    obs, action, paid, next_obs, terminated = data(0)
+    torch.testing.assert_close(next_obs, push(obs, action[:, 0]))
+    torch.testing.assert_close(paid[:, 0], reward(obs, action[:, 0]))
+    starts = (obs[1:] != next_obs[:-1]).any(1).nonzero()[:, 0] + 1
+    assert starts.tolist() == [26, 52, 78] and not terminated.any()
+    noise, inside = (action[:, 0] - obs @ GAIN), action[:, 0].abs() < 1
+    assert action.abs().max() == 1 and 0.4 < noise[inside].std() < 0.6  # clipped like the environment's
+    again, other = data(0), data(1)
+    assert torch.equal(again[0], obs) and not torch.equal(again[0], other[0])
+    assert not (other[0][::26] == obs[::26]).any()  # the starts are the environment's alone
+    assert ((other[1][:, 0] - other[0] @ GAIN) - noise).abs().min() > 0
+
+
 # --- the program --------------------------------------------------------------------------------------------
 SMALL = dict(seeds=2, steps=30, critic_updates=5, horizon=3)
 

@@ -1,8 +1,10 @@
 """MAAC's parts against differences, a hand computation, a plain SAC, and the linear-quadratic solution."""
 
 import copy
+import inspect
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import maac_sac
 from common import BadInput
 from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import reward_fn
-from tests.conftest import checkpoint, train
+from tests.conftest import checkpoint, stored, train
 
 GAMMA, K = 0.9, 4
 DYNAMICS, REWARD = dynamics_fn("DoubleIntegrator-v1"), reward_fn("DoubleIntegrator-v1")
@@ -135,6 +137,27 @@ def test_nothing_is_paid_after_termination():
     torch.testing.assert_close(loss, -(first + rest) / 2, rtol=1e-6, atol=0)
 
 
+def test_the_entropy_is_that_of_the_first_actions_of_all_trajectories():
+    """The n-th action of a trajectory has the log-probability n; nothing is paid."""
+    asked = []
+
+    class Counting(torch.nn.Module):
+        def sample(self, obs):
+            asked.append(obs[:, 0].tolist())
+            return obs, torch.full((len(obs),), float(len(asked)))
+
+    def step(obs, action):
+        return torch.zeros(len(obs)), obs + 10, torch.zeros(len(obs), dtype=torch.bool)
+
+    def critic(obs, action):
+        return torch.zeros(2, len(obs))
+
+    obs = torch.tensor([[1.0], [2.0]])
+    loss, log_prob = maac_sac.actor_loss(Counting(), critic, step, 0.5, obs, GAMMA, 2, 3)
+    assert loss == 0.5 and log_prob.tolist() == [1.0] * 6
+    assert [sorted(states) for states in asked] == [[1 + x] * 3 + [2 + x] * 3 for x in (0, 10, 20)]
+
+
 def test_log_probability_is_that_of_the_squashed_gaussian():
     actor, *_ = networks()
     obs = 3 * torch.randn(200, 3, dtype=torch.float64)
@@ -194,6 +217,14 @@ def test_temperature_rises_while_entropy_is_below_its_target():
         assert torch.autograd.grad(loss, log_alpha)[0].sign() == sign
 
 
+def test_the_temperature_loss_is_linear_in_alpha():
+    """By log alpha its slope is alpha times (entropy - target): -2.5 is below -2, by half."""
+    log_alpha = torch.tensor(math.log(0.2), requires_grad=True)
+    loss = maac_sac.temperature_loss(log_alpha, torch.tensor([1.0, 4.0]), -2.0)
+    (slope,) = torch.autograd.grad(loss, log_alpha)
+    assert loss.item() == pytest.approx(-0.1) and slope.item() == pytest.approx(-0.1)
+
+
 # --- critic targets -----------------------------------------------------------------------------------------
 def test_steve_targets_and_weights_are_those_of_a_hand_computation():
     """Two members, two critics, two rows, horizon 1: T_0 and T_1 one by one, then 1 / variance."""
@@ -226,6 +257,25 @@ def test_steve_targets_and_weights_are_those_of_a_hand_computation():
     smaller = np.stack([t0.min(0).mean(0), t1.min(0).mean(0)])  # (H + 1, B)
     np.testing.assert_allclose(y, expected @ smaller, rtol=1e-5)
     assert 0.001 < weights.min()
+
+
+def test_the_smaller_critic_counts_on_each_trajectory():
+    """Q_1 = s and Q_2 = -s: at -2 and 2, where members go, either is smaller once; their means: 0."""
+
+    class Still(torch.nn.Module):
+        def sample(self, obs):
+            return torch.zeros_like(obs), torch.zeros(len(obs))
+
+    def critic(obs, action):
+        return torch.stack([obs[:, 0], -obs[:, 0]])
+
+    def step(obs, action):
+        return torch.zeros(2), torch.tensor([[-2.0], [2.0]]), torch.tensor([False, False])
+
+    outcome = torch.tensor([0.0]), torch.tensor([[1.0]]), torch.tensor([False])
+    y, weights = maac_sac.soft_targets(Still(), critic, step, 0.0, *outcome, 1.0, 1, 2)
+    torch.testing.assert_close(weights, torch.tensor([0.8, 0.2]))  # variances 1 and 4
+    torch.testing.assert_close(y, torch.tensor([0.8 * -1 + 0.2 * -2]))
 
 
 def test_terminated_transitions_are_worth_their_reward():
@@ -270,6 +320,31 @@ def test_shuffled_shares_are_a_member_for_each_row_and_unshuffled_ones_stay():
     draws = (torch.stack(shuffled) - obs)[..., 0].round()
     assert ((draws[:, None, :] == torch.arange(K)[:, None]).sum(2) == 10).all()  # equal shares every time
     assert ((draws == 0).double().mean(0) - 0.25).abs().max() < 0.15  # and every row gets every member
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_step_of_imagination_keeps_what_belongs_to_a_row_together(shuffle):
+    torch.manual_seed(0)
+    model = SimpleNamespace(sample=lambda obs, action, noise: obs + action + 0.1 * noise)
+    known = (lambda *of: torch.cat(of, 1), lambda next_obs: next_obs[:, 0] > 0)
+    obs, action = torch.randn(2, 2000, 2)
+    reward, next_obs, terminated = maac_sac.imagine(model, *known, obs, action, shuffle)
+    assert torch.equal(reward, torch.cat([obs, action, next_obs], 1))
+    assert torch.equal(terminated, next_obs[:, 0] > 0)
+    noise = (next_obs - obs - action) / 0.1
+    assert noise.mean().abs() < 0.07 and (noise.std() - 1).abs() < 0.05
+
+
+def test_the_loss_of_a_member_is_its_gaussian_log_likelihood():
+    *_, model = networks()
+    model.delta_norm.mean.normal_(), model.delta_norm.std.uniform_(0.3, 1)
+    obs, action = torch.randn(K, 16, 3).double(), torch.randn(K, 16, 2).double()
+    next_obs = obs + 0.3 * torch.randn_like(obs)
+    mean, logvar = model(obs, action)
+    target = (next_obs - obs - model.delta_norm.mean) / model.delta_norm.std
+    log_prob = Normal(mean, (logvar / 2).exp()).log_prob(target)
+    expected = (-2 * log_prob - math.log(2 * math.pi)).mean((1, 2))  # (K,)
+    torch.testing.assert_close(maac_sac.model_losses(model, obs, action, next_obs), expected)
 
 
 def fit(seed=0, rows=400, noise=0.0, max_epochs=200, capacity=400):
@@ -384,6 +459,37 @@ def test_held_out_rows_are_never_trained_on(monkeypatch):
         assert kept and not trained[k] & set(kept) and len(trained[k]) > 200
 
 
+def test_an_epoch_shows_every_member_all_its_rows_once_in_a_new_order(monkeypatch):
+    epochs, real = [], maac_sac.model_losses
+
+    def watch(model, obs, action, next_obs):
+        if torch.is_grad_enabled():
+            epochs.append(obs[..., 0].tolist())  # an epoch of fewer than 256 rows is one step
+        return real(model, obs, action, next_obs)
+
+    monkeypatch.setattr(maac_sac, "model_losses", watch)
+    _, _, buffer, held_out, _ = fit(rows=300, max_epochs=3)
+    for k in range(K):
+        expected = sorted(buffer.rows[:300][~held_out[:300, k], 0].tolist())
+        assert [sorted(rows[k]) for rows in epochs] == [expected] * 3
+        assert epochs[0][k] != epochs[1][k] != epochs[2][k]
+
+
+def test_a_fit_ends_as_soon_as_one_member_is_not_finite(monkeypatch):
+    script = iter([[9.0, 9], [5, 8], [4, math.nan]])
+
+    def scripted(*args):
+        return torch.zeros(2) if torch.is_grad_enabled() else torch.tensor(next(script))
+
+    monkeypatch.setattr(maac_sac, "model_losses", scripted)
+    monkeypatch.setattr(maac_sac, "descend", lambda *args: None)
+    *_, model = networks(ds=2, da=1, members=2)
+    buffer = maac_sac.ReplayBuffer(100, 2, 1, "cpu")
+    buffer.size.fill_(100)
+    losses, epochs = maac_sac.fit_model(model, None, buffer, maac_sac.hold_out(100, 2, "cpu"))
+    assert epochs == 2 and losses.isnan().tolist() == [False, True]
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 def test_imagined_data_continue_until_they_end_and_wrap_round():
     torch.manual_seed(0)
@@ -433,6 +539,48 @@ def test_planning_finds_the_best_actions_of_a_linear_quadratic_problem():
     assert (abs(best[0].tanh() - actor(obs)) > 0.005).all()  # which are not the policy's actions
 
 
+def test_a_search_starts_with_the_trajectory_of_the_policy():
+    """Without noise all candidates are the policy's actions, in the states these lead to."""
+    actor, obs, seen = LinearActor(), torch.randn(2, 2, dtype=torch.float64), []
+
+    def step(obs, action):
+        seen.append((obs, action))
+        return true_step(obs, action)
+
+    plan = maac_sac.plan_action(actor, ExactCritic(actor.gain), step, obs, GAMMA, 3, 4, 1, 2)
+    torch.testing.assert_close(plan, actor(obs).tanh())
+    state = obs.repeat_interleave(4, 0)
+    for found in (seen[:3], seen[3:]):  # the policy's, those of the candidates
+        expected = state
+        for obs_t, action in found:
+            torch.testing.assert_close(obs_t, expected)
+            torch.testing.assert_close(action, actor(expected).tanh())
+            expected = DYNAMICS(expected, action)
+    assert len(seen) == 6
+
+
+def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination():
+    """The action is the next state. It ends, for -(a - 0.2)^2, or the smaller of s and 1 - s counts."""
+    actor, obs = LinearActor(std=0.7), torch.zeros(1, 2, dtype=torch.float64)
+
+    def critic(obs, action):
+        return torch.stack([obs[:, 0], 1 - obs[:, 0]])
+
+    for ends, horizon, best in ((True, 1, 0.2), (True, 2, 0.2), (False, 1, 0.5)):
+        seen = []
+
+        def step(obs, action, ends=ends, seen=seen):
+            seen.append(action)
+            first = (obs[:, :1] == 0) * -((action - 0.2) ** 2) + 100 * obs[:, :1]
+            ended = torch.full((len(obs),), ends)
+            return first[:, 0] * ends, action.expand(-1, 2), ended
+
+        plan = maac_sac.plan_action(actor, critic, step, obs, GAMMA, horizon, 500, 10, 25)
+        assert plan.item() == pytest.approx(best, abs=0.02)
+        first, last = seen[horizon], seen[-horizon]  # candidates, after the policy's own trajectory
+        assert last.std() < 0.1 * first.std()
+
+
 # --- settings of a run --------------------------------------------------------------------------------------
 SETTINGS = {  # name: flags, whether it fits a model, whether it learns from imagined data
     "SAC": (dict(horizon=0, no_steve=True, real_ratio=1), False, False),
@@ -463,3 +611,103 @@ def test_a_policy_can_be_loaded_with_planning_where_there_is_a_model(tmp_path):
     sizes = dict(ensemble_size=3, batch_size=9, rollouts=16, model_buffer_size=64)
     three = train("maac_sac", tmp_path / "three", **sizes)
     assert maac_sac.load_policy(three, plan=True)(obs).shape == (3, 1)  # 256 candidates are no multiple of 3
+
+
+# --- what an update is given --------------------------------------------------------------------------------
+@pytest.fixture
+def given(monkeypatch):
+    """A function that trains for 24 steps -> {function of the script: its calls' arguments by name}."""
+    calls = {}
+
+    def spy(name, function):
+        def called(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs).arguments
+            calls.setdefault(name, []).append(bound)
+            return function(*args, **kwargs)
+
+        return called
+
+    def run(run_dir, **changes):
+        calls.clear()
+        settings = dict(total_timesteps=24, rollouts=16, model_buffer_size=64) | changes
+        return train("maac_sac", run_dir, **settings), calls
+
+    monkeypatch.setattr(maac_sac, "fit_model", partial(maac_sac.fit_model, max_epochs=1))
+    for name in ("soft_targets", "critic_loss", "actor_loss", "temperature_loss", "imagine_data", "polyak"):
+        monkeypatch.setattr(maac_sac, name, spy(name, getattr(maac_sac, name)))
+    monkeypatch.setattr(maac_sac.ReplayBuffer, "sample", spy("sample", maac_sac.ReplayBuffer.sample))
+    return run
+
+
+def test_targets_are_of_the_target_critic_and_the_actor_follows_the_live_one(given, tmp_path):
+    """A row of a target stays with its member; the actor's trajectories are shuffled at every step."""
+    _, calls = given(tmp_path)
+    every = zip(calls["soft_targets"], calls["critic_loss"], calls["actor_loss"], strict=True)
+    for target, critic, actor in every:
+        assert actor["critic"] is critic["critic"] is not target["critic_target"]
+        assert [x["step"].keywords["shuffle"] for x in (target, actor)] == [False, True]
+
+
+def test_every_part_of_an_update_has_the_settings_of_the_run(given, tmp_path):
+    changes = dict(gamma=0.9, horizon=3, num_samples=5, steve_horizon=1, lr=0.1, tau=0.02)
+    run, calls = given(tmp_path / "maac", **changes)
+    parts = ("actor_opt", "critic_opt", "alpha_opt", "model_opt")
+    rates = [checkpoint(run)[part]["param_groups"][0]["lr"] for part in parts]
+    assert rates == [0.1, 0.1, 0.1, 1e-3] and {x["tau"] for x in calls["polyak"]} == {0.02}
+    assert {(x["gamma"], x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0.9, 1, 2)}
+    assert {(x["gamma"], x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0.9, 3, 5)}
+    assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-1}  # -da
+    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("soft_targets", "actor_loss")]
+    assert alphas[0] == alphas[1] and alphas[0][0] == 1 and len(set(alphas[0])) == 8  # it is learned
+    _, calls = given(tmp_path / "sac", **SETTINGS["SAC"][0], num_samples=5, target_entropy=-0.5)
+    assert {(x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0, 1)}
+    assert {(x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0, 1)}  # one action in a state
+    assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-0.5}
+
+
+SHARES = [(0.25, [(500, 2), (64, 6)]), (0, [(500, 0), (64, 8)]), (1, [(500, 8)])]
+
+
+@pytest.mark.parametrize("ratio, parts", SHARES)
+def test_real_ratio_is_the_share_of_real_rows_in_a_batch(ratio, parts, given, tmp_path):
+    """D_env holds 500 rows, D_model 64."""
+    _, calls = given(tmp_path, real_ratio=ratio)
+    batches = [(len(x["self"].rows), x["shape"][0]) for x in calls["sample"] if x["shape"] != (16,)]
+    assert batches == parts * 8
+
+
+def test_imagined_data_start_in_replayed_states_after_every_fit(given, tmp_path):
+    run, calls = given(tmp_path, rollout_length=3, model_train_every=2)
+    for found in calls["imagine_data"]:
+        assert (len(found["source"].rows), len(found["target"].rows)) == (500, 64)
+        assert found["n"] == 16 and found["step"].keywords["shuffle"]
+    assert checkpoint(run)["imagined"]["added"] == 3 * 16 * 3  # after 20, 22 and 24 steps
+
+
+def test_actions_after_the_warm_up_are_drawn_from_the_policy(planned, tmp_path, monkeypatch):
+    def gaussian(self, obs):
+        return torch.full((len(obs), 2), 0.3), torch.full((len(obs), 2), 0.5)
+
+    monkeypatch.setattr(maac_sac.Actor, "gaussian", gaussian)
+    steps = dict.fromkeys(("total_timesteps", "buffer_size", "eval_every"), 400)
+    settings = dict(env_id=planned, learning_starts=0, updates_per_step=0) | SETTINGS["SAC"][0]
+    run = train("maac_sac", tmp_path, **steps, **settings)
+    u = stored(checkpoint(run))[:, 2:4].atanh()
+    assert (u.mean(0) - 0.3).abs().max() < 0.1 and (u.std(0) - 0.5).abs().max() < 0.07  # 4 deviations
+
+
+def test_a_loaded_planner_searches_with_the_settings_of_its_run(given, tmp_path, monkeypatch):
+    run, _ = given(tmp_path, gamma=0.8, ensemble_size=3, batch_size=9)
+    seen, plan_action = [], maac_sac.plan_action
+
+    def spy(*args, **kwargs):
+        seen.append(inspect.signature(plan_action).bind(*args, **kwargs).arguments)
+        return plan_action(*args, **kwargs)
+
+    monkeypatch.setattr(maac_sac, "plan_action", spy)
+    maac_sac.load_policy(run, plan=True)(np.ones((2, 3), np.float32))
+    (found,) = seen
+    assert found["gamma"] == 0.8 and found["candidates"] == 255
+    state = checkpoint(run)
+    for name, net in dict(actor=found["actor"], critic=found["critic"], model=found["step"].args[0]).items():
+        assert all(torch.equal(state[name][part], value) for part, value in net.state_dict().items())
