@@ -271,7 +271,10 @@ def test_the_readme_links_to_the_right_lines():
     assert len(LINK.findall(text)) >= 8 and linked(text) == text, f"run {REPAIR}"
 
 
-@pytest.mark.parametrize("name", ["look_at_critics", "look_at_pusher", "record_pusher", "speed"])
+TOOLS_OF_TESTS = ("look_at_cheetah", "look_at_critics", "look_at_pusher", "record_pusher", "speed")
+
+
+@pytest.mark.parametrize("name", TOOLS_OF_TESTS)
 def test_the_programs_beside_the_tests_still_start(name):
     assert importlib.import_module(f"tests.{name}").__doc__
 
