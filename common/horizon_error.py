@@ -235,9 +235,8 @@ def main(args):
             ends = values.min(0), values.max(0)
             panel.fill_between(range(len(ends[0])), *ends, color=style.strip("-."), alpha=0.15, lw=0)
         means = np.stack([table[column].mean(0) for column in lines])[:, 1:]  # at H = 0 one of them is 0
-        panel.set(yscale="log", ylim=(means.min() / 2, means.max() * 2))
+        panel.set(yscale="log", ylim=(means.min() / 2, means.max() * 2), xlabel="horizon H", ylabel="error")
         panel.set_title(title, fontsize=10)
-        panel.set(xlabel="horizon H", ylabel="error of the gradient")
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
     write_whole(path, partial(figure.savefig, format=path.suffix[1:], dpi=150))
