@@ -20,7 +20,7 @@ Values are those of the authors' code where the paper has none. Not as there:
   back. With epochs alone a fit of few rows ends almost untrained, and its noise ruins the critic.
 - Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
 
-python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -121 to -145, one seed of five -507; 4 minutes
+python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -109 to -146 at 3000 steps; 4 minutes
 """
 
 import math
