@@ -33,6 +33,7 @@ def make_env(env_id, seed=None, render_mode=None):
     """
     if render_mode and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo draws nothing unless told how
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and pygame prints an error, though it draws
     warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
     try:
         env = _make(env_id, render_mode)
