@@ -34,7 +34,7 @@ import tyro
 import mage_td3
 from common import BadInput, benchmark
 from common.envs import make_env
-from common.evaluate import load_run
+from common.evaluate import load_state
 from common.files import figure_path, write_table, write_whole
 from common.oracle import action_gradients, critic_gradients
 
@@ -106,7 +106,7 @@ def proposition(actor, critic, starts, env_id, gamma):
 
 def load_networks(folder):
     """Arguments, actor and critic of a run of the TD3 family on Pendulum-v1."""
-    state = load_run(folder, dict)[1]  # the scripts have the same actors and critics
+    state = load_state(folder)  # the scripts have the same actors and critics
     args, obs_norm = state["args"], mage_td3.Normaliser(3)
     actor = mage_td3.Actor(obs_norm, 1, args["actor_hidden"])
     critic = mage_td3.Critic(obs_norm, 1, args["critic_hidden"], args["num_critics"])

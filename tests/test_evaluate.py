@@ -38,6 +38,13 @@ def test_bad_input_is_one_sentence(args, tmp_path, monkeypatch):
         main(args)
 
 
+@pytest.mark.parametrize("name, other", [("td3", "mage_td3"), ("dyna_td3", "mage_td3"), ("mage_td3", "td3")])
+def test_a_run_is_loaded_by_its_own_script(name, other, tmp_path):
+    run = train(name, tmp_path, total_timesteps=0)
+    with pytest.raises(BadInput, match="not made by this script"):
+        script(other).load_policy(run)
+
+
 def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):
     with pytest.raises(BadInput, match="--plan"):
         main(Args(str(train("td3", tmp_path)), plan=True))
