@@ -31,12 +31,18 @@ import numpy as np
 import torch
 import tyro
 
-import mage_td3
 from common import BadInput, benchmark
 from common.envs import make_env
 from common.evaluate import load_state
 from common.files import figure_path, write_table, write_whole
 from common.oracle import action_gradients, critic_gradients
+
+try:
+    import mage_td3
+except ModuleNotFoundError:
+    scripts = "td3.py, dyna_td3.py and mage_td3.py"
+    print(f"error: common.gradient_error needs {scripts} beside common/.", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,6 +1,7 @@
 """The command of the MAGE paper's gradient experiments, with runs of a second."""
 
 import csv
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,14 @@ def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
             flags[flags.index("--learning-starts") + 1] == "200"
             and flags[flags.index("--eval-every") + 1] == "10"
         )
+
+
+def test_without_the_scripts_it_says_which_it_needs(tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    command = [sys.executable, "-m", "common.gradient_error", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "td3.py, dyna_td3.py and mage_td3.py" in done.stderr
 
 
 @pytest.mark.parametrize("words, named", [
