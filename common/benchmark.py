@@ -153,8 +153,8 @@ def on_ray(jobs, address):
 def main(argv):
     """Runs the sweep; returns the exit code: 0, or 1 if a run failed."""
     split = argv.index("--") if "--" in argv else len(argv)
-    args, flags = tyro.cli(Args, args=argv[:split]), argv[split + 1 :]
-    jobs = plan(args, flags)
+    args = tyro.cli(Args, prog="python -m common.benchmark", args=argv[:split])
+    jobs = plan(args, flags=argv[split + 1 :])
     todo = [job for job in jobs if not finished(job, on_cluster=args.ray is not None)]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
     on_cluster = args.ray and todo

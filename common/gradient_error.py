@@ -202,7 +202,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, prog="python -m common.gradient_error"))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -92,9 +92,13 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_a_flag_that_no_script_has_is_refused():
+@pytest.mark.parametrize("argv, program", [
+    ([*SWEEP, "--", "--horizont", "3"], "td3.py"), ([*SWEEP, "--sedes", "3"], "python -m common.benchmark"),
+])  # fmt: skip
+def test_a_flag_that_does_not_exist_is_refused(argv, program, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*SWEEP, "--", "--horizont", "3"])
+        main(argv)
+    assert f" {program} --help" in capsys.readouterr().err
     assert stop.value.code == 2 and not Path("runs").exists()
 
 
