@@ -41,8 +41,8 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def prepare(args):
-    """Refuses values that make no sense (BadInput), sets PyTorch's threads and seed; returns the device."""
+def check(args):
+    """Refuses values that make no sense (BadInput)."""
     for name, value in dataclasses.asdict(args).items():
         low, high = LIMITS.get(name, (0, INF))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
@@ -53,6 +53,11 @@ def prepare(args):
         raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+
+
+def prepare(args):
+    """Checks the values, sets PyTorch's threads and seed; returns the device."""
+    check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -78,8 +78,8 @@ def make_runs(args):
         sweep += [] if args.workers is None else ["--workers", str(args.workers)]
         flags = [*flags, "--preset", args.preset, "--total-timesteps", str(200 + args.steps)]
         flags += ["--learning-starts", "200", "--eval-every", "10", "--exp-name", exp_name]
-        if benchmark.main([*sweep, "--", *flags]):
-            sys.exit(1)  # it has said which run failed
+        if code := benchmark.main([*sweep, "--", *flags]):
+            sys.exit(code)  # it has said which run failed, or that it was stopped
         folders[name] = [Path("runs/Pendulum-v1", exp_name, f"seed-{seed}") for seed in range(args.seeds)]
     return folders
 
