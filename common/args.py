@@ -1,10 +1,12 @@
 """The command line: presets, checks, exit codes. Bad input ends in one sentence before anything exists."""
 
 import dataclasses
+import inspect
 import math
 import re
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 import tyro
@@ -25,20 +27,22 @@ LIMITS = {  # what a number must lie between, ends included; any other: finite a
 def parse_args(Args, presets, argv=None):
     """Command line -> Args. The preset is read first and sets the defaults, so a flag that is given wins."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    prog = Path(inspect.getfile(Args)).name  # a sweep reads the command lines of several scripts
     fields = [f for f in dataclasses.fields(Args) if f.name in ("env_id", "preset")]
     First = dataclasses.make_dataclass("First", [(f.name, f.type, f.default) for f in fields])
     no_help = [word for word in argv if word not in ("-h", "--help")]
-    first, _ = tyro.cli(First, args=no_help, return_unknown_args=True)
+    first, _ = tyro.cli(First, prog=prog, args=no_help, return_unknown_args=True)
     chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
-    return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, preset=first.preset, **chosen))
+    default = Args(env_id=first.env_id, preset=first.preset, **chosen)
+    return tyro.cli(Args, prog=prog, args=argv, default=default)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def prepare(args):
-    """Refuses values that make no sense (BadInput), sets PyTorch's threads and seed; returns the device."""
+def check(args):
+    """Refuses values that make no sense (BadInput)."""
     for name, value in dataclasses.asdict(args).items():
         low, high = LIMITS.get(name, (0, INF))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
@@ -49,6 +53,11 @@ def prepare(args):
         raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+
+
+def prepare(args):
+    """Checks the values, sets PyTorch's threads and seed; returns the device."""
+    check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")

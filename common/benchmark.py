@@ -4,18 +4,23 @@
 
 What stands after `--` goes to every script. Runs that are finished are skipped, interrupted ones go on: the
 same command may be given again at any time. The output of a run is in its folder's name with .log at the end.
+SIGINT (Ctrl-C) and SIGTERM let the runs save and end; the second one ends them at once.
 With --ray the runs go to a Ray cluster (`pip install ray`; "local" starts one here), where they write into a
 folder of their own, and their CSV files and args.json come back here.
 """
 
 import importlib
+import itertools
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,12 +28,14 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput
-from common.args import flag, parse_args
+from common.args import check, flag, parse_args
+from common.envs import make_env
 from common.files import newest, run_folder
 from common.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")
+OURS = ("--env-id", "--seed", "--run-dir", "--resume", "--no-resume")  # a sweep sets them for each run
 
 
 @dataclass
@@ -51,24 +58,35 @@ class Job:
 
 
 def plan(args, flags):
-    """The runs of a sweep. BadInput, or tyro's message, if one of their command lines cannot be read."""
+    """The runs of a sweep. BadInput, or tyro's message, if one of them could not start."""
+    for name, what in (("scripts", "script"), ("env_ids", "environment")):
+        if not getattr(args, name):
+            raise BadInput(f"{flag(name)}: name at least one {what}.")
     for name in ("seeds", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give at least 1.")
-    jobs = []
-    for script in args.scripts:
-        if not (ROOT / f"{script}.py").is_file():
+    for name in [word.split("=")[0].replace("_", "-") for word in flags]:
+        if name in OURS:
+            raise BadInput(f"{name} after --: leave it out, it comes from --env-ids, --seeds and --exp-name.")
+    scripts = [script.removesuffix(".py") for script in args.scripts]
+    for script in scripts:
+        if f"{script}.py" not in os.listdir(ROOT):
             raise BadInput(f"--scripts {script}: there is no {script}.py beside common/.")
-        module = importlib.import_module(script)
-        for env_id in args.env_ids:
-            for seed in range(args.seeds):
-                argv = ["--env-id", env_id, "--seed", str(seed), *flags]
-                chosen = parse_args(module.Args, module.PRESETS, argv)
-                if chosen.run_dir:
-                    raise BadInput("--run-dir: every run has a folder of its own; give --exp-name.")
-                folder = run_folder(chosen, script)
-                jobs.append(Job(script, argv, str(folder.absolute()), asdict(chosen)))
-    return jobs
+    modules = [importlib.import_module(script) for script in scripts]
+    for env_id in args.env_ids:
+        make_env(env_id).close()
+    jobs = {}
+    for module, env_id, seed in itertools.product(modules, args.env_ids, range(args.seeds)):
+        argv, script = ["--env-id", env_id, "--seed", str(seed), *flags], module.__name__
+        chosen = parse_args(module.Args, module.PRESETS, argv)
+        check(chosen)
+        folder = run_folder(chosen, script)
+        if folder in jobs:
+            other = jobs[folder].script
+            fix = "leave --exp-name out" if script != other else "name each once in --scripts and --env-ids"
+            raise BadInput(f"{other} and {script} would share {folder}: {fix}.")
+        jobs[folder] = Job(script, argv, str(folder.absolute()), asdict(chosen))
+    return list(jobs.values())
 
 
 def finished(job, on_cluster):
@@ -77,7 +95,8 @@ def finished(job, on_cluster):
     if not path.exists():
         return False
     run = json.loads(path.read_text())
-    names = [n for n, value in job.settings.items() if n not in MAY_CHANGE and run["args"].get(n) != value]
+    old, new = run["args"], job.settings
+    names = [n for n in old | new if n not in MAY_CHANGE and old.get(n) != new.get(n)]
     if names:
         changed = ", ".join(map(flag, names))
         raise BadInput(f"{job.folder} holds a run with other settings ({changed}): give another --exp-name.")
@@ -87,41 +106,60 @@ def finished(job, on_cluster):
     return done
 
 
-def execute(job, folder, log):
-    """Runs a job's script in `folder`; returns None, or why it failed: its last line."""
+def start(job, folder, log):
+    """Starts a job's script in `folder`: -> its process, and where in the log its output begins."""
     command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv, "--run-dir", folder, "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(log, "w") as out:
-        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=environment).returncode
-    if code:
-        lines = Path(log).read_text().split("\n")
+    # In a session of its own a run does not get Ctrl-C twice, from the terminal and from here.
+    how = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    with open(log, "ab", buffering=0) as out:  # another process may have the run, and write there
+        out.write(f"\n{shlex.join(command)}\n".encode())
+        begin = out.tell()
+        return subprocess.Popen(command, stdout=out, stderr=out, **how), begin
+
+
+def why_failed(process, begin, log):
+    """Waits for a process to end: -> None, or its last sentence that begins with "error:", or last line."""
+    if code := process.wait():
+        said = Path(log).read_bytes()[begin:].decode(errors="replace")
+        lines = re.findall(r"error: [^\r\n]+", said) or said.splitlines()  # which splits a progress bar too
         return next((line for line in reversed(lines) if line.strip()), "") + f" (exit code {code})"
-
-
-def here(job):
-    Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
-    return execute(job, job.folder, f"{job.folder}.log")
 
 
 def elsewhere(job):
     """On a machine of the cluster: -> why it failed or None, {file name: contents}."""
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder, "run"), Path(folder, "log")
-        failure = execute(job, str(run), str(log))
+        failure = why_failed(*start(job, str(run), log), log)
         files = {name: (run / name).read_bytes() for name in COME_BACK if (run / name).exists()}
         return failure, files | {"log": log.read_bytes()}
 
 
-def on_this_machine(jobs, workers):
-    """Yields (job, why it failed or None) as they end."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(here, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except KeyboardInterrupt:  # the runs got it as well, save and stop; no other one starts
-            pool.shutdown(cancel_futures=True)
-            raise
+def on_this_machine(jobs, workers, signals):
+    """Yields (job, why it failed or None) as they end. Signals go to the list, and to the runs as SIGTERM."""
+    waiting, running, passed_on = list(jobs), {}, 0
+    hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
+    numbers = [signal.SIGINT, signal.SIGTERM, *hup]
+    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
+    try:
+        while running or (waiting and not signals):
+            while waiting and len(running) < workers and not signals:
+                job = waiting.pop(0)
+                Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
+                process, begin = start(job, job.folder, f"{job.folder}.log")
+                running[process] = job, begin
+            if len(signals) > passed_on:
+                passed_on = len(signals)
+                for process in running:
+                    process.terminate()
+            for process in [process for process in running if process.poll() is not None]:
+                job, begin = running.pop(process)
+                yield job, why_failed(process, begin, f"{job.folder}.log")
+            time.sleep(0.05)
+    finally:
+        for process in running:  # an error ended the sweep: they would go on alone
+            process.terminate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def on_ray(jobs, address):
@@ -151,21 +189,27 @@ def on_ray(jobs, address):
 
 
 def main(argv):
-    """Runs the sweep; returns the exit code: 0, or 1 if a run failed."""
+    """Runs the sweep; returns the exit code: 0, 1 if a run failed, or 128 + the signal that stopped it."""
     split = argv.index("--") if "--" in argv else len(argv)
-    args, flags = tyro.cli(Args, args=argv[:split]), argv[split + 1 :]
-    jobs = plan(args, flags)
+    args = tyro.cli(Args, prog="python -m common.benchmark", args=argv[:split])
+    jobs = plan(args, flags=argv[split + 1 :])
     todo = [job for job in jobs if not finished(job, on_cluster=args.ray is not None)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
-    on_cluster = args.ray and todo
-    results = on_ray(todo, args.ray) if on_cluster else on_this_machine(todo, args.workers or os.cpu_count())
-    failed, start = 0, time.monotonic()
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="run") as bar:
+    before, signals = len(jobs) - len(todo), []
+    print(f"{len(jobs)} runs, {before} of them finished before")
+    workers, counts, began = args.workers or os.cpu_count(), Counter(), time.monotonic()
+    results = on_ray(todo, args.ray) if args.ray and todo else on_this_machine(todo, workers, signals)
+    with tqdm(total=len(jobs), initial=before, unit="run") as bar:
         for job, failure in results:
-            failed += failure is not None
-            tqdm.write(f"{'failed' if failure else 'done':6} {job.folder}  {failure or ''}")
-            bar.update()
-    print(f"{len(todo) - failed} runs done, {failed} failed, {(time.monotonic() - start) / 60:.1f} minutes")
+            word = "done" if failure is None else "stopped" if signals else "failed"
+            counts[word] += 1
+            tqdm.write(f"{word:7} {job.folder}  {failure if word == 'failed' else ''}")
+            bar.update(word != "stopped")
+    done, failed, minutes = counts["done"], counts["failed"], (time.monotonic() - began) / 60
+    print(f"{done} runs done, {failed} failed, {minutes:.1f} minutes")
+    if signals:
+        done = f"{before + done} of {len(jobs)} runs finished"
+        print(f"stopped: {done}; the same command goes on", file=sys.stderr)
+        return 128 + signals[0]
     return 1 if failed else 0
 
 

@@ -33,6 +33,7 @@ def make_env(env_id, seed=None, render_mode=None):
     """
     if render_mode and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo draws nothing unless told how
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and pygame prints an error, though it draws
     warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
     try:
         env = _make(env_id, render_mode)
@@ -55,12 +56,18 @@ def make_env(env_id, seed=None, render_mode=None):
 
 
 def _make(env_id, render_mode):
+    name = str(env_id).rpartition("-v")[0] or env_id  # a damaged args.json may name anything
+    versions = [f"{name}-v{n}" for n in (0, 1, 4, 5) if f"{name}-v{n}" in gym.registry]
+    if versions and name == env_id and env_id not in gym.registry:  # rewards are those of a version
+        raise BadInput(f"--env-id {env_id!r}: give its version: {' or '.join(versions)}.")
     try:
         return gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever goes wrong while it is built, the user can only choose another
         reason = " ".join(str(error).split()).rstrip(".")
         missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
         fix = "install what it needs" if missing else "give an id that Gymnasium knows, such as Hopper-v4"
+        if versions and env_id not in versions:  # MuJoCo's v2 and v3 are registered, but gone
+            fix = f"use {' or '.join(versions)}"
         raise BadInput(f"--env-id {env_id!r} cannot be made ({reason}): {fix}.") from error
 
 

@@ -6,7 +6,7 @@
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,17 +30,21 @@ class Evaluation:
     starts: np.ndarray  # (n, ds) their first observations
 
 
-def load_run(run_dir, Args):
-    """Arguments and checkpoint of a run: (Args, {name: state_dict})."""
+def load_state(run_dir):
+    """The checkpoint of a run: {name: state_dict}."""
     path = newest(run_dir)
     if path is None:
         missing = f"{Path(run_dir, NEWEST)} does not exist"
         raise BadInput(f"{missing}: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
-    state = read_checkpoint(path)
-    try:
-        return Args(**state["args"]), state
-    except TypeError:
-        raise BadInput(f"{path} was not written by this script: use the one that args.json names.") from None
+    return read_checkpoint(path)
+
+
+def load_run(run_dir, Args):
+    """Arguments and checkpoint of a run: (Args, {name: state_dict}). BadInput if another script made it."""
+    state = load_state(run_dir)
+    if set(state["args"]) != {field.name for field in fields(Args)}:  # no two scripts have the same
+        raise BadInput(f"{run_dir} was not made by this script: use the one that args.json names.")
+    return Args(**state["args"]), state
 
 
 def as_policy(actor):
@@ -160,7 +164,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, prog="python -m common.evaluate"))
     except (BadInput, Fault) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -31,12 +31,18 @@ import numpy as np
 import torch
 import tyro
 
-import mage_td3
 from common import BadInput, benchmark
 from common.envs import make_env
-from common.evaluate import load_run
+from common.evaluate import load_state
 from common.files import figure_path, write_table, write_whole
 from common.oracle import action_gradients, critic_gradients
+
+try:
+    import mage_td3
+except ModuleNotFoundError:
+    scripts = "td3.py, dyna_td3.py and mage_td3.py"
+    print(f"error: common.gradient_error needs {scripts} beside common/.", file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -72,8 +78,8 @@ def make_runs(args):
         sweep += [] if args.workers is None else ["--workers", str(args.workers)]
         flags = [*flags, "--preset", args.preset, "--total-timesteps", str(200 + args.steps)]
         flags += ["--learning-starts", "200", "--eval-every", "10", "--exp-name", exp_name]
-        if benchmark.main([*sweep, "--", *flags]):
-            sys.exit(1)  # it has said which run failed
+        if code := benchmark.main([*sweep, "--", *flags]):
+            sys.exit(code)  # it has said which run failed, or that it was stopped
         folders[name] = [Path("runs/Pendulum-v1", exp_name, f"seed-{seed}") for seed in range(args.seeds)]
     return folders
 
@@ -106,7 +112,7 @@ def proposition(actor, critic, starts, env_id, gamma):
 
 def load_networks(folder):
     """Arguments, actor and critic of a run of the TD3 family on Pendulum-v1."""
-    state = load_run(folder, dict)[1]  # the scripts have the same actors and critics
+    state = load_state(folder)  # the scripts have the same actors and critics
     args, obs_norm = state["args"], mage_td3.Normaliser(3)
     actor = mage_td3.Actor(obs_norm, 1, args["actor_hidden"])
     critic = mage_td3.Critic(obs_norm, 1, args["critic_hidden"], args["num_critics"])
@@ -196,7 +202,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, prog="python -m common.gradient_error"))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,12 +10,13 @@ import torch
 
 import mage_td3
 from common.envs import make_env
-from common.evaluate import as_policy, load_run
+from common.evaluate import as_policy, load_state
 from common.run import EVAL_SEED
 
 
 def load(run_dir):
-    args, state = load_run(run_dir, mage_td3.Args)
+    state = load_state(run_dir)
+    args = mage_td3.Args(**state["args"])  # the other scripts have fewer
     norm, da = mage_td3.Normaliser(23), 7
     actor = mage_td3.Actor(norm, da, args.actor_hidden)
     critic = mage_td3.Critic(norm, da, args.critic_hidden, args.num_critics)

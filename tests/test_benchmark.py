@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import common.plot
 from common import BadInput
-from common.benchmark import main
-from tests.conftest import ROOT, checkpoint, tiny
+from common.benchmark import main, why_failed
+from tests.conftest import ROOT, checkpoint, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
 SWEEP = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "ContinuousCartPole-v1", "--seeds", "2"]
@@ -60,6 +61,36 @@ def test_a_longer_sweep_goes_on_and_other_settings_are_refused():
     assert checkpoint("runs/Pendulum-v1/td3/seed-0")["step"] == 60
 
 
+def test_a_finished_run_of_another_script_is_not_taken_for_this_one():
+    train("mage_td3", "runs/Pendulum-v1/x/seed-0", total_timesteps=0, exp_name="x")
+    flags = [*tiny("dyna_td3", total_timesteps=0)[2:], "--exp-name", "x"]
+    with pytest.raises(BadInput, match="--lam"):
+        main(["--scripts", "dyna_td3", "--env-ids", "Pendulum-v1", "--seeds", "1", "--", *flags])
+
+
+def test_a_run_in_use_is_named_and_its_log_kept(capsys):
+    run = Path("runs/Pendulum-v1/td3/seed-0")
+    run.mkdir(parents=True)
+    log, before = Path(f"{run}.log"), "error: of yesterday\n 50%|#####     | 30/60"
+    log.write_text(before)
+    with FileLock(run / "lock"):
+        assert main([*SWEEP[:4], "--seeds", "1", "--", *FLAGS]) == 1
+    assert re.search(r"failed  \S+  error: \S+ is in use by another process.* \(exit code 2\)",
+                     capsys.readouterr().out)  # fmt: skip
+    assert log.read_text().startswith(before) and "td3.py --env-id" in log.read_text()
+
+
+@pytest.mark.parametrize("said, reason", [
+    (b"step 20\n\r 50%|##  | 30/60error: no space.\n\r 51%|##  | 31/60", "error: no space."),
+    (b"Traceback\nKeyError: 3\n\n", "KeyError: 3"), (b"\r 50%|##  |\r 51%|##  |", " 51%|##  |"), (b"", ""),
+])  # fmt: skip
+def test_a_failure_is_said_in_the_words_of_the_run(said, reason):
+    before = b"error: of another run\n"
+    Path("log").write_bytes(before + said)
+    process = subprocess.Popen([sys.executable, "-c", "exit(3)"])
+    assert why_failed(process, len(before), "log") == f"{reason} (exit code 3)"
+
+
 def test_one_failure_does_not_stop_the_others(capsys):
     Path("runs/Pendulum-v1/td3").mkdir(parents=True)
     Path("runs/Pendulum-v1/td3/seed-0").write_text("a file is in the way")
@@ -73,11 +104,19 @@ def test_one_failure_does_not_stop_the_others(capsys):
     (["--scripts", "nope", "--env-ids", "Pendulum-v1"], "nope.py"),
     ([*SWEEP, "--", "--run-dir", "here"], "--exp-name"),
     ([*SWEEP, "--workers", "0"], "--workers 0"), ([*SWEEP, "--seeds", "0"], "--seeds 0"),
+    (["--scripts", "td3", "--env-ids"], "--env-ids: name"),
+    (["--scripts", "--env-ids", "Pendulum-v1"], "--scripts: name"),
+    (["--scripts", "td3", "--env-ids", "Pendulm-v1"], "Pendulm-v1"),
+    (["--scripts", "td3", "td3.py", *SWEEP[2:]], "td3 and td3 would share .*seed-0: name each once"),
+    (["--scripts", "td3", "mage_td3", *SWEEP[2:], "--", "--exp-name", "x"], "td3 and mage_td3 .*--exp-name"),
+    ([*SWEEP, "--", "--seed", "4"], "--seed after --"), ([*SWEEP, "--", "--seed=4"], "--seed after --"),
+    ([*SWEEP, "--", "--env_id", "X"], "--env-id after --"), ([*SWEEP, "--", "--resume"], "--resume after --"),
+    ([*SWEEP, "--", "--gamma", "2"], "--gamma 2"), ([*SWEEP, "--", "--batch-size", "0"], "--batch-size 0"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_runs(argv, hint):
-    with pytest.raises(BadInput, match=hint):
+    with pytest.raises(BadInput, match=hint) as refused:
         main(argv)
-    assert not Path("runs").exists()
+    assert len(str(refused.value).splitlines()) == 1 and not Path("runs").exists()
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch):
@@ -92,25 +131,34 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_a_flag_that_no_script_has_is_refused():
+@pytest.mark.parametrize("argv, program", [
+    ([*SWEEP, "--", "--horizont", "3"], "td3.py"), ([*SWEEP, "--sedes", "3"], "python -m common.benchmark"),
+])  # fmt: skip
+def test_a_flag_that_does_not_exist_is_refused(argv, program, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*SWEEP, "--", "--horizont", "3"])
+        main(argv)
+    assert f" {program} --help" in capsys.readouterr().err
     assert stop.value.code == 2 and not Path("runs").exists()
 
 
-def test_a_sweep_that_is_interrupted_goes_on():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_sweep_that_is_stopped_goes_on(number):
+    """The signal reaches the sweep alone. It lets the run save and end, and starts no other one."""
     flags = [*FLAGS, "--total-timesteps", "1500", "--eval-every", "500", "--learning-starts", "1400"]
-    command = [sys.executable, "-m", "common.benchmark", "--scripts", "td3", "--env-ids", "Pendulum-v1",
-               "--seeds", "1", "--", *flags]  # fmt: skip
+    sweep = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "--workers", "1", "--seeds"]
+    command = [sys.executable, "-m", "common.benchmark", *sweep, "2", "--", *flags]
     run = Path("runs/Pendulum-v1/td3/seed-0")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not (run / "eval.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    assert process.wait(30) == 130 and checkpoint(run)["step"] < 1500
-    assert main(command[3:]) == 0
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "eval.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in stderr
+    assert stderr.endswith("stopped: 0 of 2 runs finished; the same command goes on\n")
+    assert checkpoint(run)["step"] < 1500 and not run.with_name("seed-1").exists()
+    assert main([*sweep, "1", "--", *flags]) == 0
     assert steps("Pendulum-v1/td3/seed-0") == ["0", "500", "1000", "1500"]
 
 

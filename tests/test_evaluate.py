@@ -1,13 +1,16 @@
 """The command line of common/evaluate.py (what `evaluate` promises is in test_training.py), and devices."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from common import BadInput
 from common.evaluate import Args, evaluate, main
-from tests.conftest import SCRIPTS, script, train
+from tests.conftest import ROOT, SCRIPTS, script, train
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -20,11 +23,26 @@ def test_it_prints_the_return_of_the_policy_of_any_script(name, tmp_path, capsys
     assert printed == pytest.approx([returns.mean(), 1.96 * returns.std(ddof=1) / 3**0.5], abs=0.006)
 
 
+def test_a_video_without_a_screen_prints_no_error(tmp_path):
+    run, screen = train("td3", tmp_path, total_timesteps=0), ("DISPLAY", "SDL_VIDEODRIVER", "XDG_RUNTIME_DIR")
+    argv = ["-m", "common.evaluate", run, "--episodes", "2", "--video", tmp_path / "video.gif"]
+    environment = {name: value for name, value in os.environ.items() if name not in screen}
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "video.gif").exists()
+
+
 @pytest.mark.parametrize("args", [Args("nowhere"), Args("nowhere", episodes=1)], ids=["folder", "episodes"])
 def test_bad_input_is_one_sentence(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput):
         main(args)
+
+
+@pytest.mark.parametrize("name, other", [("td3", "mage_td3"), ("dyna_td3", "mage_td3"), ("mage_td3", "td3")])
+def test_a_run_is_loaded_by_its_own_script(name, other, tmp_path):
+    run = train(name, tmp_path, total_timesteps=0)
+    with pytest.raises(BadInput, match="not made by this script"):
+        script(other).load_policy(run)
 
 
 def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):

@@ -1,6 +1,7 @@
 """The command of the MAGE paper's gradient experiments, with runs of a second."""
 
 import csv
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +119,14 @@ def test_the_figure_has_medians_over_seeds_and_errors_over_their_bounds(tmp_path
     dots = {line.get_label(): line.get_xydata().tolist() for line in bound.lines}
     assert [dots[name] for name in names] == [[[2, 1], [5, 3]]] * 5
     close(figures[0])
+
+
+def test_without_the_scripts_it_says_which_it_needs(tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    command = [sys.executable, "-m", "common.gradient_error", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "td3.py, dyna_td3.py and mage_td3.py" in done.stderr
 
 
 @pytest.mark.parametrize("words, named", [

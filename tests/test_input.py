@@ -119,8 +119,12 @@ def test_a_buffer_that_memory_cannot_hold(name, refused):
 
 # --- environments -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("env_id, hint", [("Nope-v0", "Hopper"), ("Hopper-v9", "v5"), ("", "Malformed"),
-                                          ("CartPole-v1", "Discrete(2)"), ("foo:Bar-v0", "foo")])  # fmt: skip
+@pytest.mark.parametrize("env_id, hint", [
+    ("Nope-v0", "Hopper"), ("Hopper-v9", "v5"), ("", "Malformed"), ("CartPole-v1", "Discrete(2)"),
+    ("foo:Bar-v0", "foo"), ("HalfCheetah-v2", ": use HalfCheetah-v4 or HalfCheetah-v5."),
+    ("Pusher-v2", ": use Pusher-v4"), ("Hopper", ": give its version: Hopper-v4 or Hopper-v5."),
+    ("Pendulum", ": give its version: Pendulum-v1."),
+])  # fmt: skip
 def test_environments_that_do_not_exist_or_do_not_fit(name, env_id, hint, refused):
     refused(name, tiny(name, env_id=env_id), f"--env-id {env_id!r}", hint)
 
