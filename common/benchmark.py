@@ -168,6 +168,8 @@ def on_ray(jobs, address):
         import ray
     except ImportError:
         raise BadInput("--ray: Ray is not installed: pip install ray.") from None
+    from common.benchmark import elsewhere  # which is looked up there; __main__ would bring our ROOT along
+
     code = {"working_dir": str(ROOT), "excludes": [".git", "runs", "tests"]}
     try:
         ray.init(address, runtime_env=code, log_to_driver=False)
