@@ -649,11 +649,11 @@ def test_targets_are_of_the_target_critic_and_the_actor_follows_the_live_one(giv
 
 
 def test_every_part_of_an_update_has_the_settings_of_the_run(given, tmp_path):
-    changes = dict(gamma=0.9, horizon=3, num_samples=5, steve_horizon=1, lr=0.1, tau=0.02)
+    changes = dict(gamma=0.9, horizon=3, num_samples=5, steve_horizon=1, lr=0.1, tau=0.02, model_lr=2e-3)
     run, calls = given(tmp_path / "maac", **changes)
     parts = ("actor_opt", "critic_opt", "alpha_opt", "model_opt")
     rates = [checkpoint(run)[part]["param_groups"][0]["lr"] for part in parts]
-    assert rates == [0.1, 0.1, 0.1, 1e-3] and {x["tau"] for x in calls["polyak"]} == {0.02}
+    assert rates == [0.1, 0.1, 0.1, 2e-3] and {x["tau"] for x in calls["polyak"]} == {0.02}
     assert {(x["gamma"], x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0.9, 1, 2)}
     assert {(x["gamma"], x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0.9, 3, 5)}
     assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-1}  # -da

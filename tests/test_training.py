@@ -526,12 +526,12 @@ def test_a_script_can_be_copied_out(name, tmp_path):
     assert state["step"] == 30 and steps_of(state, "critic_opt") == 20
 
 
-@pytest.mark.parametrize("name, steps", [("mage_td3", 1500), ("maac_sac", 1250)])
-def test_it_learns_to_swing_up_a_pendulum(name, steps, tmp_path):
+@pytest.mark.parametrize("name", ["mage_td3", "maac_sac"])
+def test_it_learns_to_swing_up_a_pendulum(name, tmp_path):
     """About -110 at the end. Untrained -1550 and -1400; with a critic that knows the next reward alone -1100,
     with a model that was fitted for a dozen steps -1400."""
-    settings = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=steps, run_dir=tmp_path / "run")
+    settings = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1250, run_dir=tmp_path / "run")
     module = script(name)
     assert module.train(common.args.parse_args(module.Args, module.PRESETS, words(settings))) >= -400
     returns = [float(row["return_mean"]) for row in table(tmp_path / "run", "eval")]
-    assert len(returns) == steps // 250 + 1 and returns[0] < -800
+    assert len(returns) == 6 and returns[0] < -800
