@@ -6,10 +6,10 @@ Read td3.py first; new are the model (Eq. 9), its training, and where the critic
 Letters and shapes as there; p model, K ensemble members.
 
 Beyond the paper's text, from its authors' code: network inputs and the predicted s' - s are normalised, the
-log-variance is bounded, Huber losses, gradients clipped by value, decoupled weight decay, actors of 384 units
-(the text's 284 is a slip), no exploration noise in the imagined reward. Not as in their code:
+log-variance is bounded, gradients clipped by value, decoupled weight decay, actors of 384 units (the text's
+284 is a slip), no exploration noise in the imagined reward. Not as in their code:
 - Each member imagines a share of the i.i.d. batch: as good as a random member per row, K times cheaper.
-- A dimension that hardly varied stays as it is; there it gets scale 1, noise and gradients without meaning.
+- A nearly constant dimension is predicted to stay; in theirs it has scale 1, and noise without meaning.
 - Model batches are drawn with replacement; they run whole epochs until 120 batches are reached.
 - Rewards are the simulator's; theirs use unscaled actions, and mix rows of the batch in Swimmer and Pendulum.
 - The learned reward sees s' (theirs sees s twice); a diverged run stops (theirs starts anew, silently).

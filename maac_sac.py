@@ -11,8 +11,8 @@ Settings  SAC: --horizon 0 --no-steve --real-ratio 1   MBPO: --horizon 0 --no-st
 Values are those of the authors' code where the paper has none. Not as there:
 - One environment step at a time, G2 updates each and a refit every 250, in place of iterations of 1000 steps.
 - The model's standard deviation is exp(logvar / 2); their gradient takes exp(logvar). Its bounds are fixed.
-- Every horizon has a target for each member and critic. Theirs has one value, eight times, at horizon 0:
-  no variance, so all the weight. Variances are pooled over the batch, as two critics are too few for a row.
+- Every horizon has a target for each member (theirs: a random half) and critic. Theirs has one value, eight
+  times, at horizon 0: no variance, so all the weight. Variances are pooled over the batch (two critics).
 - S whole trajectories start in a state, as the paper says; their last version samples S last actions.
 - The smaller critic counts on each trajectory, theirs on the mean; predictions are not clipped.
 - Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.

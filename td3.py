@@ -7,7 +7,7 @@ Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic; a bar is *
 Shapes    B batch, ds observation, da action, N critics.
 
 Not the TD3 you know, so that the rungs differ by one idea each: 384 swish units on normalised observations,
-RAdam 1e-4, batch 1024, 1000 warm-up steps; Huber loss, gradients clipped by value (MAGE's code); the actor
+RAdam 1e-4, batch 1024, 1000 warm-up steps, Huber loss (D.2), gradients clipped by value (code); the actor
 climbs min_i Q_i (Algorithm 2), not Q_1; critic targets move at every update, the actor's target is delayed.
 
 python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10  # -110 to -132; 1.5 minutes
