@@ -46,8 +46,9 @@ def check(args):
     for name, value in dataclasses.asdict(args).items():
         low, high = LIMITS.get(name, (0, INF))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            least = f", at least {low}" if math.isfinite(low) else ""
             most = f" and at most {high}" if math.isfinite(high) else ""
-            raise BadInput(f"{flag(name)} {value}: give a finite number, at least {low}{most}.")
+            raise BadInput(f"{flag(name)} {value}: give a finite number{least}{most}.")
     if args.batch_size % getattr(args, "ensemble_size", 1):
         sizes = f"--batch-size {args.batch_size} is no multiple of --ensemble-size {args.ensemble_size}"
         raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")

@@ -95,7 +95,7 @@ def finished(job, on_cluster):
     if not path.exists():
         return False
     run = json.loads(path.read_text())
-    old, new = run["args"], job.settings
+    old, new = run["args"], json.loads(json.dumps(job.settings))  # a tuple is a list there
     names = [n for n in old | new if n not in MAY_CHANGE and old.get(n) != new.get(n)]
     if names:
         changed = ", ".join(map(flag, names))

@@ -12,12 +12,14 @@ from functools import partial
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
 from common import BadInput, Fault, one_line
+from common.rewards import REWARDS, TERMINATIONS
 
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 RUNNERS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")  # v4 and v5
@@ -127,11 +129,15 @@ class Resumable(gym.Wrapper):
     Its state is the random generator as it was just before the last reset, and the actions since: replaying
     them is exact wherever `np_random` is the only randomness. Setting positions and velocities is not, as
     MuJoCo's solver starts from its last solution. `obs` is the current observation (None before a reset).
-    Whatever goes wrong in the environment, or comes out of it that is no number, is a Fault.
+    Whatever goes wrong in the environment, or comes out of it that is no number, is a Fault; so is a function
+    of common/rewards.py that says something else than the environment in the first steps.
     """
+
+    COMPARED = 100  # steps
 
     def __init__(self, env):
         super().__init__(env)
+        self._left = self.COMPARED
         self.obs, self._rng, self._reset_args, self._actions = None, None, None, []  # None before a reset
 
     def reset(self, **kwargs):
@@ -141,13 +147,27 @@ class Resumable(gym.Wrapper):
         return self.obs, info
 
     def step(self, action):
+        before = self.obs
         self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
         self.obs, reward, *rest = self._call(self.env.step, self._actions[-1])
         if np.shape(reward):
             raise Fault(f"the reward of {self.spec.id} has shape {np.shape(reward)}, it is not a number")
         if not np.isfinite(reward):
             raise Fault(f"the reward of {self.spec.id}, {reward}, is not a finite number")
+        if self._left > 0:
+            self._compare(before, reward, rest[0])
         return self.obs, reward, *rest
+
+    def _compare(self, obs, reward, terminated):
+        """Somebody's own functions may have a wrong shape or formula, and the critic would not notice."""
+        self._left -= 1
+        rows = [torch.as_tensor(x)[None] for x in (obs, self._actions[-1], self.obs)]
+        for known, inputs, truth in ((REWARDS, rows, reward), (TERMINATIONS, rows[2:], terminated)):
+            function = known.get(self.spec.id)
+            told = function(*inputs) if function else torch.tensor([truth])
+            if told.shape != (1,) or abs(float(told) - truth) > 1e-3 * max(1.0, abs(truth)):
+                name, says = function.__name__, f"{told.tolist()} for one row"
+                raise Fault(f"{name} of common/rewards.py says {says}, where {self.spec.id} gives {truth}")
 
     def _call(self, method, *args, **kwargs):
         obs, *rest = call(self.spec.id, method, *args, **kwargs)

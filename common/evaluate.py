@@ -42,8 +42,11 @@ def load_state(run_dir):
 def load_run(run_dir, Args):
     """Arguments and checkpoint of a run: (Args, {name: state_dict}). BadInput if another script made it."""
     state = load_state(run_dir)
-    if set(state["args"]) != {field.name for field in fields(Args)}:  # no two scripts have the same
-        raise BadInput(f"{run_dir} was not made by this script: use the one that args.json names.")
+    others = sorted(set(state["args"]) ^ {f.name for f in fields(Args)})  # no two scripts have the same
+    if others:
+        differ = f"their Args differ in {', '.join(others)}"
+        fix = "use the one that args.json names, as it was then"
+        raise BadInput(f"{run_dir} was not made by this script ({differ}): {fix}.")
     return Args(**state["args"]), state
 
 
@@ -53,7 +56,7 @@ def as_policy(actor):
 
     @torch.no_grad()
     def policy(obs):
-        return actor(torch.as_tensor(obs, device=device)).cpu().numpy()
+        return actor(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
 
     return policy
 
@@ -89,23 +92,25 @@ def film(policy, env_id, path, seed=0):
     """Draws one episode into a GIF file, at most 25 frames a second -> return, length."""
     try:
         env = make_env(env_id, render_mode="rgb_array")
+        rate = env.metadata.get("render_fps", 25)
         obs, _ = env.reset(seed=seed)
         frames, total, done = [env.render()], 0.0, False
         if frames[0] is None:
             raise ValueError("it draws nothing")
     except Exception as error:  # each library that draws fails in its own way
-        reason = one_line(error.__cause__ or error)  # make_env's own words are about --env-id
-        fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
+        cause = error.__cause__ or error  # make_env's own words are about --env-id
+        reason, fix = one_line(cause), "leave --video out"  # it takes no render_mode, or draws nothing
+        if not isinstance(cause, (TypeError, ValueError)):
+            fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
         raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
-    while not done and len(frames) < MAX_STEPS:
+    steps, every = 0, int(np.ceil(rate / 25))
+    while not done and steps < MAX_STEPS:
         obs, reward, terminated, truncated, _ = env.step(policy(obs[None])[0])
-        frames.append(env.render())
-        total, done = total + float(reward), terminated or truncated
-    steps = len(frames) - 1
+        steps, total, done = steps + 1, total + float(reward), terminated or truncated
+        if steps % every == 0:
+            frames.append(env.render())
     env.close()
-    rate = env.metadata.get("render_fps", 25)
-    every = int(np.ceil(rate / 25))
-    frames = [frame[::2, ::2] for frame in frames[::every]]
+    frames = [frame[::2, ::2] for frame in frames]
     try:
         imageio.mimsave(path, frames, duration=1000 * every / rate, loop=0)  # milliseconds; for ever
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import gymnasium
 import mujoco
 import numpy as np
@@ -22,6 +23,25 @@ NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 def run_folder(args, script):
     name = args.exp_name or Path(script).stem
     return Path(args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}"))
+
+
+def claim(folder, resume):
+    """A run's folder for this process alone -> its lock, which goes with the process, however that ends."""
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BadInput(f"{folder} is in use by another process: choose another --run-dir.") from None
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror})"
+        raise BadInput(f"{reason}: choose another --run-dir.") from None
+    if (folder / "args.json").exists() and not resume:
+        lock.release()
+        way = "go on in it" if newest(folder) else "begin it anew, as it has no checkpoint,"
+        fix = f"choose another --exp-name, --seed or --run-dir, or {way} with --resume"
+        raise BadInput(f"{folder} holds a run: {fix}.")
+    return lock
 
 
 def write_whole(path, write, keep=None):

@@ -4,9 +4,9 @@
 
 RUNS are folders (of one run, or above many) or CSV files; <env-id>/<name>/seed-<n> in their paths, or a run's
 args.json, says what belongs together: a panel for each environment, in it a line for each name with a 95%
-confidence interval over the seeds, or with each seed as a thin line where they are fewer than five. What lies
-in different folders is never averaged: the lines are then named after them too. Grey dashed lines are
-published curves of the same environment (tests/reference).
+confidence interval over the seeds, or with each seed as a thin line where they are fewer than five. Runs
+from different folders or with different settings are never averaged: the lines are then named after that too.
+Grey dashed lines are published curves of the same environment (tests/reference).
 """
 
 import csv
@@ -25,6 +25,7 @@ import tyro
 
 from common import BadInput, Fault
 from common.files import figure_path, write_whole
+from common.run import MAY_CHANGE
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -60,6 +61,16 @@ def place(run):
     return env_id, name, str(Path(*above))
 
 
+def settings(run):
+    """What all seeds of a line have in common, as (name, value) pairs; () where no args.json tells."""
+    if not (run / "args.json").is_file():
+        return ()
+    told = json.loads((run / "args.json").read_text())
+    free = {*MAY_CHANGE, "seed", "threads", "accelerate", "eval_every", "eval_episodes"}
+    pairs = {"script": told["script"], **told["args"]}.items()
+    return tuple((name, str(value)) for name, value in pairs if name not in free)
+
+
 def read(paths, column="return_mean"):
     """-> {env_id: {name: [(steps, values, seconds) of each seed]}}, arrays (evaluations,)."""
     found = {}
@@ -78,6 +89,7 @@ def read(paths, column="return_mean"):
             head = list(rows[0])
             columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
             env_id, name, folder = place(run)
+            made = settings(run)
         except (ValueError, TypeError, LookupError, AttributeError, csv.Error):
             name = "<env-id>/<name>/seed-<n>"
             raise BadInput(f"{file} is not the eval.csv of a run {name}: leave it out.") from None
@@ -86,14 +98,25 @@ def read(paths, column="return_mean"):
         except (ValueError, TypeError, LookupError):
             fix = f"it has {', '.join(head)}: choose one of them, or leave the file out"
             raise BadInput(f"--column {column}: not in {file}; {fix}.") from None
-        found.setdefault(env_id, {}).setdefault((name, folder), []).append(columns)
-    above = os.path.commonpath([folder for runs in found.values() for _, folder in runs])
+        if len(rows) < 2:
+            print(f"{file}: left out, it has one evaluation so far", file=sys.stderr)
+            continue
+        found.setdefault(env_id, {}).setdefault((name, folder, made), []).append(columns)
+    if not found:
+        raise BadInput("RUNS: no run there has two evaluations yet, wait a little.")
+    above = os.path.commonpath([folder for runs in found.values() for _, folder, _ in runs])
     for env_id, runs in found.items():
-        names = [name for name, _ in runs]
-        found[env_id] = {
-            name if names.count(name) == 1 else os.path.join(os.path.relpath(folder, above), name): seeds
-            for (name, folder), seeds in runs.items()
-        }
+        places = {(name, folder) for name, folder, _ in runs}
+        names = [name for name, _ in places]
+        found[env_id] = {}
+        for (name, folder, made), seeds in runs.items():
+            label = name if names.count(name) == 1 else os.path.join(os.path.relpath(folder, above), name)
+            others = [dict(other[2]) for other in runs if other[:2] == (name, folder) and other[2]]
+            if made and len({other["script"] for other in others}) > 1:
+                label += f", {dict(made)['script']}"
+            others = [other for other in others if other["script"] == dict(made).get("script")]
+            differ = [f"{n} {value}" for n, value in made if any(other.get(n) != value for other in others)]
+            found[env_id].setdefault(", ".join([label, *differ]), []).extend(seeds)
     return found
 
 

@@ -218,7 +218,8 @@ REWARDS = {
     "mbbl/HalfCheetah-v0": wang_half_cheetah, "mbbl/Ant-v0": wang_ant,
     "mbbl/Hopper-v0": wang_hopper, "mbbl/Walker2d-v0": wang_walker,
 }  # fmt: skip
-TERMINATIONS = {env_id: never for env_id in REWARDS} | {
+ENDLESS = ("Pendulum", "DoubleIntegrator", "HalfCheetah", "Swimmer", "Pusher", "Reacher", "mbbl/")
+TERMINATIONS = {env_id: never for env_id in REWARDS if env_id.startswith(ENDLESS)} | {
     "ContinuousCartPole-v1": cartpole_failed,
     "Hopper-v4": hopper_fell, "Hopper-v5": hopper_fell,
     "Walker2d-v4": walker_fell, "Walker2d-v5": walker_fell,

@@ -16,7 +16,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ from common.evaluate import as_policy, evaluate
 from common.oracle import usefulness
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
-MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name")  # when a run is resumed
+MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device")  # on resume
 SAVED = ("step", "last_return", "sums", "counts", "tables", "starts")  # of a Run, in its checkpoint
 
 
@@ -56,9 +55,14 @@ class Run:
 
     def open(self, at_the_end):
         at_the_end(self.state["env"].close)
-        at_the_end(self.claim().release)
+        at_the_end(files.claim(self.folder, self.args.resume).release)
         if self.args.resume and files.newest(self.folder):
             self.load()
+        elif self.args.resume:
+            tqdm.write(f"--resume: {self.folder} has no checkpoint, the run starts at 0", file=sys.stderr)
+        if rest := self.args.total_timesteps % self.args.eval_every:
+            tqdm.write(f"--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv "
+                       f"will be about the last {rest} steps", file=sys.stderr)  # fmt: skip
         self.starts.append({"step": self.step, **files.provenance()})
         self.write_args()
         for name, rows in self.tables.items():  # what came after the checkpoint comes again
@@ -97,23 +101,6 @@ class Run:
         fault.args = (f"{fault} at step {self.step}; {self.folder} has {kept}.",)
         return fault
 
-    def claim(self):
-        """The run folder for this process alone; the lock goes with the process, however that ends."""
-        lock = filelock.FileLock(self.folder / "lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise BadInput(f"{self.folder} is in use by another process: choose another --run-dir.") from None
-        except OSError as error:
-            reason = f"{self.folder} cannot be written ({error.strerror})"
-            raise BadInput(f"{reason}: choose another --run-dir.") from None
-        if (self.folder / "args.json").exists() and not self.args.resume:
-            lock.release()
-            raise BadInput(f"{self.folder} holds a run: choose another --exp-name, --seed or --run-dir, "
-                           "or go on in it with --resume.")  # fmt: skip
-        return lock
-
     def write_args(self):
         """What somebody needs to repeat the run."""
         text = dict(script=self.script, args=dataclasses.asdict(self.args), device=str(self.device),
@@ -127,6 +114,7 @@ class Run:
         if self.stop:
             os._exit(128 + number)
         self.stop = number
+        os.write(2, b"\nstopping: this step ends, the run is saved; a second signal stops it now, unsaved\n")
 
     def steps(self):
         """The numbers of the steps to come. Between two of them: log, checkpoint, orderly stop."""
@@ -143,6 +131,7 @@ class Run:
             if self.stop or time.monotonic() - self.saved > self.args.checkpoint_every:
                 self.save()
                 if self.stop:  # a signal that comes after the line above waits for the next step
+                    tqdm.write(f"saved at step {step}, --resume goes on from there", file=sys.stderr)
                     sys.exit(128 + self.stop)
         self.save()
 
@@ -151,6 +140,8 @@ class Run:
         """Numbers or 0-d tensors; tensors stay on their device until the next action is fetched."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            if value.ndim:
+                raise TypeError(f"record({name}=...): shape {tuple(value.shape)} is no number")
             self.pending[name] = self.pending[name] + value if name in self.pending else value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -222,8 +213,8 @@ class Run:
         whole = files.read_checkpoint(path)
         missing = [name for name in ("device", "seconds", "rng", *SAVED, *self.state) if name not in whole]
         if missing:
-            raise BadInput(f"--resume: {path} has no {missing[0]}, another version of this script wrote it: "
-                           "use that one, or another --run-dir.")  # fmt: skip
+            raise BadInput(f"--resume: {path} has no {missing[0]}, another script or another version of it "
+                           "wrote it: use the one that args.json names, or another --run-dir.")  # fmt: skip
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
@@ -231,7 +222,8 @@ class Run:
         if names:
             changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
             raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
-        then, now = whole["starts"][-1]["versions"], files.provenance()["versions"]
+        starts = whole["starts"][-1], files.provenance()
+        then, now = (start["versions"] | {"revision": start["revision"]} for start in starts)
         names = [name for name in now if now[name] != then.get(name)]
         changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
         if changed:

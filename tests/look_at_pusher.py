@@ -24,12 +24,18 @@ def load(run_dir):
     for name, net in dict(actor=actor, critic=critic, model=model).items():
         if name in state:
             net.load_state_dict(state[name])
-    return args, actor, critic, model if "model" in state else None
+    return args, actor, critic, model if "model" in state else None, state["buffer"]
+
+
+def at_limits(obs, env):
+    """How many of the arm's seven joints are within 0.03 rad of an end of their range: (..., 23) -> (...)."""
+    low, high = env.unwrapped.model.jnt_range[:7].T
+    return ((obs[..., :7] < low + 0.03) | (obs[..., :7] > high - 0.03)).sum(-1)
 
 
 @torch.no_grad()
 def main(run_dir):
-    args, actor, critic, model = load(run_dir)
+    args, actor, critic, model, buffer = load(run_dir)
     policy, env = as_policy(actor), make_env(args.env_id)
     states, actions, rewards = [], [], []
     for episode in range(10):
@@ -58,6 +64,10 @@ def main(run_dir):
     q = critic(obs, action).min(0).values.view(10, -1)
     last = rewards[:, -1].mean() / (1 - args.gamma)
     print(f"Q in the last state: {q[:, -1].mean():.1f}; its reward for ever: {last:.1f}")
+    print(f"joints at an end of their range, of 7: {at_limits(states, env).mean():.1f}; in the data:")
+    seen = np.array([at_limits(row, env) for row in buffer["rows"][: buffer["added"], :23].numpy()])
+    for start in range(0, len(seen), 500):
+        print(f"  {start:6d}-{start + 500:6d} {seen[start : start + 500].mean():.1f}")
 
 
 if __name__ == "__main__":

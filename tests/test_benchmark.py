@@ -16,7 +16,7 @@ from filelock import FileLock
 
 import common.plot
 from common import BadInput
-from common.benchmark import main, why_failed
+from common.benchmark import Job, finished, main, why_failed
 from tests.conftest import ROOT, checkpoint, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
@@ -66,6 +66,15 @@ def test_a_finished_run_of_another_script_is_not_taken_for_this_one():
     flags = [*tiny("dyna_td3", total_timesteps=0)[2:], "--exp-name", "x"]
     with pytest.raises(BadInput, match="--lam"):
         main(["--scripts", "dyna_td3", "--env-ids", "Pendulum-v1", "--seeds", "1", "--", *flags])
+
+
+def test_settings_that_json_changes_are_still_the_same():
+    train("td3", "run", total_timesteps=0)
+    told = json.loads(Path("run/args.json").read_text())
+    job = Job("td3", [], "run", told["args"] | {"widths": (1, 2)})
+    told["args"]["widths"] = [1, 2]
+    Path("run/args.json").write_text(json.dumps(told))
+    assert finished(job, on_cluster=False)
 
 
 def test_a_run_in_use_is_named_and_its_log_kept(capsys):
@@ -240,6 +249,28 @@ def test_a_run_in_any_folder_is_known_by_its_arguments():
     assert list(found) == ["mbbl_Ant-v0"] and len(found["mbbl_Ant-v0"]["mage_td3"]) == 2
 
 
+def make_run(folder, script="td3.py", last=1, **changes):
+    write(Path(folder, "eval.csv"), [0, 1000], [0, last])
+    args = {"env_id": "Ant-v4", "exp_name": "a", "seed": 0, "lr": 0.1, "threads": 1} | changes
+    Path(folder, "args.json").write_text(json.dumps({"script": script, "args": args}))
+
+
+def test_what_has_other_settings_is_not_averaged():
+    for number, changes in enumerate(({}, dict(seed=1, threads=2), dict(lr=0.2))):
+        make_run(f"runs/{number}", last=number, **changes)
+    make_run("runs/3", "mage_td3.py", last=3, lam=0.2)
+    found = common.plot.read(["runs"])["Ant-v4"]
+    ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
+    assert ends == {"a, td3.py, lr 0.1": [0, 1], "a, td3.py, lr 0.2": [2], "a, mage_td3.py": [3]}
+
+
+def test_a_seed_that_has_only_started_does_not_cut_the_others(capsys):
+    write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, 1])
+    write(Path("runs/Hopper-v4/a/seed-1/eval.csv"), [0], [5])
+    ((_, values, _),) = common.plot.read(["runs"])["Hopper-v4"]["a"]
+    assert values.tolist() == [0, 1] and "seed-1/eval.csv: left out" in capsys.readouterr().err
+
+
 def test_a_copy_without_the_published_curves_draws_its_own(monkeypatch):
     write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 50_000], [0, 1])
     for there in (True, False):
@@ -311,10 +342,11 @@ HEAD = "step,return_mean,seconds\n"
     ("\0\xff", {}, "seed-0.csv is not"),
     (HEAD + "0,1,2\n", dict(column="return_std"), "--column return_std"),
     ("step,return_mean,seconds,return_std\n0,1,2,\n", dict(column="return_std"), "--column return_std"),
-    (HEAD + "0,-1,2\n", dict(log=True), "--log"),
-    (HEAD + "0,1,2\n", dict(last_step=0), "--last-step 0"),
-    (HEAD + "250,1,2\n", dict(last_step=249), "--last-step 249: give at least 250"),
-    (HEAD + "0,1,2\n", dict(smooth=0), "--smooth 0"),
+    (HEAD + "0,1,2\n", {}, "no run there has two evaluations"),
+    (HEAD + "0,-1,2\n9,-1,2\n", dict(log=True), "--log"),
+    (HEAD + "0,1,2\n9,1,2\n", dict(last_step=0), "--last-step 0"),
+    (HEAD + "250,1,2\n500,1,2\n", dict(last_step=249), "--last-step 249: give at least 250"),
+    (HEAD + "0,1,2\n9,1,2\n", dict(smooth=0), "--smooth 0"),
     (HEAD + "0,1,2\n", dict(output="nowhere/a.png"), "--output nowhere/a.png"),
     (HEAD + "0,1,2\n", dict(output="a.jpg"), "--output a.jpg"),
     (HEAD + "0,1,2\n", dict(output="runs"), "--output runs"),

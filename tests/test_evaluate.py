@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,8 +42,14 @@ def test_bad_input_is_one_sentence(args, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, other", [("td3", "mage_td3"), ("dyna_td3", "mage_td3"), ("mage_td3", "td3")])
 def test_a_run_is_loaded_by_its_own_script(name, other, tmp_path):
     run = train(name, tmp_path, total_timesteps=0)
-    with pytest.raises(BadInput, match="not made by this script"):
+    with pytest.raises(BadInput, match="not made by this script .*lam"):
         script(other).load_policy(run)
+
+
+def test_a_policy_takes_float64_too(tmp_path):
+    policy = script("td3").load_policy(train("td3", tmp_path, total_timesteps=0))
+    obs = np.random.default_rng(0).normal(size=(4, 3))
+    assert policy(obs).dtype == np.float32 and (policy(obs) == policy(obs.astype(np.float32))).all()
 
 
 def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):
@@ -57,3 +64,5 @@ def test_a_run_is_not_resumed_on_another_kind_of_device(tmp_path):
     torch.save(state | {"device": "cuda"}, run / "checkpoint.pt")
     with pytest.raises(BadInput, match="--device cuda"):
         train("td3", tmp_path, resume=True)
+    torch.save(state, run / "checkpoint.pt")
+    train("td3", tmp_path, resume=True, device="cpu")  # which auto was

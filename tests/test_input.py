@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gymnasium.spaces import Box, Dict
 
 from common.args import flag, main, parse_args
 from common.rewards import REWARDS
+from common.run import Run
 from tests.conftest import (
     DYNA,
     ROOT,
@@ -264,10 +266,12 @@ def test_nothing_in_a_checkpoint_is_executed(refused):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_starts_anew_where_there_is_no_checkpoint(name):
+def test_resume_starts_anew_where_there_is_no_checkpoint(name, refused, capsys):
     train(name, "run", total_timesteps=0)
     Path("run/checkpoint.pt").unlink()
+    refused(name, tiny(name, run_dir="run"), "begin it anew", "--resume")
     train(name, "run", total_timesteps=20, resume=True)
+    assert "--resume: run has no checkpoint" in capsys.readouterr().err
     steps = [line.split(",")[0] for line in Path("run/eval.csv").read_text().splitlines()]
     assert steps == ["step", "0", "20"]
 
@@ -324,6 +328,19 @@ def test_a_learning_rate_of_0_changes_nothing(name):
     for part in ("actor", "critic"):
         weights = [key for key in before[part] if "obs_norm" not in key]
         assert weights and all(torch.equal(before[part][key], after[part][key]) for key in weights)
+
+
+@pytest.mark.parametrize("steps, rest", [(20, None), (25, 5), (7, 7)])
+def test_steps_that_no_evaluation_sees_are_named(steps, rest, capsys):
+    train("td3", "run", total_timesteps=steps)
+    said = capsys.readouterr().err
+    assert f"the last {rest} steps" in said if rest else "--eval-every" not in said
+
+
+def test_a_record_that_is_no_number_is_named():
+    run = SimpleNamespace(device="cpu", pending={}, counts={})
+    with pytest.raises(TypeError, match=r"record\(y=...\): shape \(8,\)"):
+        Run.record(run, q=torch.tensor(1.0), y=torch.zeros(8))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

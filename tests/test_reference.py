@@ -21,6 +21,9 @@ FOLDERS = {  # the first cell of a row, where it is not what tests/reference/REA
     "mage_td3.py --lam 0.05 --learned-reward": "mage_learned_reward",
     "mage_td3.py --lam 0.05 --ensemble-size 2 --model-hidden 64": "mage_small",
     "mage_td3.py --lam 0.05 --ensemble-size 1 --model-layers 1 --model-hidden 64": "mage_smaller",
+    "mage_td3.py --lam 0.05 --ensemble-size 2 --model-hidden 128": "mage_small",
+    "mage_td3.py --lam 0.05 --ensemble-size 1 --model-layers 2 --model-hidden 128": "mage_smaller",
+    "mage_td3.py --lam 0.05 --tau 0.02": "mage_tau_0.02",
     **{f"mage_td3.py --lam {lam}": f"mage_lam_{lam}" for lam in (0, 0.05, 0.2, 0.5, 1)},
     "maac_sac.py": "maac",
     "maac_sac.py --horizon 0": "maac_horizon_0",
@@ -60,6 +63,10 @@ def numbers(folder, column, seeds):
         if ends != {found[1].replace(",", "")}:
             raise ValueError(f"{folder}: runs end at {ends}")
         values = [f"{values[-1]:.{digits}f}" for values in returns]
+    elif found := re.fullmatch(r"mean after step ([\d,]+)", column):
+        first = int(found[1].replace(",", ""))
+        after = [[float(row["return_mean"]) for row in rows if int(row["step"]) > first] for rows in seeds]
+        values = [f"{sum(values) / len(values):.{digits}f}" for values in after]
     elif column == "best evaluation":
         values = [f"{max(values):.{digits}f}" for values in returns]
     elif found := re.fullmatch(r"(-?\d+) reached at", column):

@@ -2,11 +2,14 @@
 
 import io
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from common import Fault
 from common.envs import Resumable, make_env
+from common.rewards import REWARDS, TERMINATIONS
 
 
 def drive(env, rng, steps):
@@ -65,3 +68,26 @@ def test_recorded_actions_are_copies():
         env.step(action)
     resumed.load_state_dict(env.state_dict())
     assert np.array_equal(env.obs, resumed.obs)
+
+
+@pytest.mark.parametrize("known, wrong", [
+    (REWARDS, lambda obs, action, next_obs: 1.01 * REWARDS["Hopper-v5"](obs, action, next_obs)),
+    (REWARDS, lambda obs, action, next_obs: REWARDS["Hopper-v5"](obs, action, next_obs)[:, None]),
+    (TERMINATIONS, lambda next_obs: next_obs[:, 0] > -1e6),
+], ids=["value", "shape", "termination"])  # fmt: skip
+def test_a_function_that_says_something_else_than_the_environment_is_found(known, wrong, monkeypatch):
+    monkeypatch.setitem(known, "Hopper-v4", wrong)
+    with pytest.raises(Fault, match="of common/rewards.py says .* where Hopper-v4 gives"):
+        drive(Resumable(make_env("Hopper-v4", seed=0)), np.random.default_rng(0), 1)
+
+
+@pytest.mark.parametrize("env_id", REWARDS)
+def test_the_functions_we_have_say_what_the_environment_says(env_id):
+    env = Resumable(make_env(env_id, seed=0))
+    drive(env, np.random.default_rng(0), Resumable.COMPARED + 1)
+    assert env._left == 0
+
+
+def test_an_environment_that_has_no_functions_is_not_compared():
+    assert "MountainCarContinuous-v0" in gym.registry and "MountainCarContinuous-v0" not in REWARDS
+    drive(Resumable(make_env("MountainCarContinuous-v0", seed=0)), np.random.default_rng(0), 2)

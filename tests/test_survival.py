@@ -601,10 +601,12 @@ def test_other_versions_are_named_and_the_run_goes_on(copied, program, whole):
     run = copied("td3", total_timesteps=35)
     starts = checkpoint(run)["starts"]
     starts[-1]["versions"] |= {"torch": "0.1", "numpy": "0.2"}
+    starts[-1]["revision"] = "0abcdef"
     change(run, starts=starts)
     again = program("td3", tiny("td3", run_dir=run, resume=True))
     assert again.returncode == 0 and not differences(run, whole("td3"))
-    assert f"torch 0.1 is now {torch.__version__}, numpy 0.2 is now {np.__version__};" in again.stderr
+    changed = {"torch 0.1": torch.__version__, "numpy 0.2": np.__version__, "revision 0abcdef": ""}
+    assert ", ".join(f"{then} is now {now}" for then, now in changed.items()) in again.stderr
     assert "gymnasium" not in again.stderr and len(checkpoint(run)["starts"]) == 2
 
 
