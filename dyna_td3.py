@@ -3,11 +3,12 @@
 An ensemble of Gaussian networks learns p(s'|s, a) from replayed data. In replayed states the current actor
 acts and the ensemble answers; ten times per environment step the critic learns from such transitions.
 Read td3.py first; new are the model (Eq. 9), its training, and where the critic's batch comes from.
-Letters and shapes as there; p model, K ensemble members.
+Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic, p model; a bar is *_target.
+Shapes    B batch, ds observation, da action, N critics, K ensemble members. Eq.: the MAGE paper.
 
 Beyond the paper's text, from its authors' code: network inputs and the predicted s' - s are normalised, the
 log-variance is bounded, gradients clipped by value, decoupled weight decay, actors of 384 units (the text's
-284 is a slip), no exploration noise in the imagined reward. Not as in their code:
+284 is a slip), target noise on the target action (Algorithm 2 has it in the reward's). Not as in their code:
 - Each member imagines a share of the i.i.d. batch: as good as a random member per row, K times cheaper.
 - A nearly constant dimension is predicted to stay; in theirs it has scale 1, and noise without meaning.
 - Model batches are drawn with replacement; they run whole epochs until 120 batches are reached.
@@ -235,7 +236,7 @@ def huber(x):
 
 
 def model_loss(model, obs, action, next_obs):
-    """Negative log-likelihood of (K, B, .) transitions up to constants, and mean squared error   Eq. 9."""
+    """Twice the negative log-likelihood of (K, B, .) without constants, and mean squared error   Eq. 9."""
     target = model.delta_norm(next_obs - obs)  # (K, B, ds)
     mean, logvar = model(obs, action)  # (K, B, ds)
     square = (mean - target) ** 2

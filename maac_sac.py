@@ -9,7 +9,7 @@ Settings  SAC: --horizon 0 --no-steve --real-ratio 1   MBPO: --horizon 0 --no-st
           STEVE on SAC: --horizon 0 --real-ratio 1     MAAC: none of these
 
 Values are those of the authors' code where the paper has none. Not as there:
-- One environment step at a time, G2 updates each and a refit every 250, in place of iterations of 1000 steps.
+- After each environment step G2 updates, critic first, and every 250 a refit: no iterations of 1000 steps.
 - The model's standard deviation is exp(logvar / 2); their gradient takes exp(logvar). Its bounds are fixed.
 - Every horizon has a target for each member (theirs: a random half) and critic. Theirs has one value, eight
   times, at horizon 0: no variance, so all the weight. Variances are pooled over the batch (two critics).
@@ -100,7 +100,7 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL,
                **dict.fromkeys(("Walker2d-v4", "Walker2d-v5", "mbbl/Walker2d-v0"), LAPTOP | WALKER)},
 }
-MODEL_BATCH, HELD_OUT = 256, 5  # rows of a step; one row in 5 only judges a member
+MODEL_BATCH, HELD_OUT = 256, 5  # rows of a step; for each member one row in 5 is for validation
 PATIENCE = 5, 100  # epochs, and gradient steps, without progress before a member is done
 LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
 
@@ -247,7 +247,7 @@ def extend(buffer, *columns):
 
 # --- model learning -----------------------------------------------------------------------------------------
 def model_losses(model, obs, action, next_obs):
-    """Negative log-likelihood of each member, up to constants: (K, B, .) -> (K,)."""
+    """Twice the negative log-likelihood of each member, without constants: (K, B, .) -> (K,)."""
     mean, logvar = model(obs, action)  # (K, B, ds)
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 
@@ -303,7 +303,7 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
 def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
     """One step of the model: (n, ds), (n, da) -> reward (n,), next_obs (n, ds), terminated (n,).
 
-    Share k of the rows goes through member k. With shuffle the shares are drawn anew at every step (TS1);
+    Share k of the rows goes through member k. With shuffle the shares are drawn anew each step (PETS' TS1);
     without it a row that stays in its place stays with its member.
     """
     noise = torch.randn_like(obs)
@@ -329,7 +329,7 @@ def imagine_data(actor, step, source, target, n, length):
 # --- losses -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated, gamma, horizon, members):
-    """TD target (B,), and the weights (H + 1,) of the horizons 0 ... H in it.
+    """TD target (B,), and the weights (H + 1,) of the horizons 0 ... H in it; here H is --steve-horizon.
 
     T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)] from
     s_0 = s', nothing after termination, for every member of the model and target critic j. Horizon 0
@@ -388,12 +388,12 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
     those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
     """
     mean, std, state = [], [], obs
-    start = obs.repeat_interleave(candidates, 0)  # (n C, ds)
+    start = obs.repeat_interleave(candidates, 0)  # (n C, ds): C candidates for each state
     for _ in range(horizon):
         m, s = actor.gaussian(state)
         mean.append(m), std.append(s)
-        copies = (x.repeat_interleave(candidates, 0) for x in (state, m.tanh()))  # for members to share
-        state = step(*copies)[1][::candidates]
+        copies = (x.repeat_interleave(candidates, 0) for x in (state, m.tanh()))  # for all members
+        state = step(*copies)[1][::candidates]  # one copy goes on
     mean, std = torch.stack(mean, 1)[:, None], torch.stack(std, 1)[:, None]  # (n, 1, H, da)
     for _ in range(iterations):
         noise = torch.randn(len(obs), candidates, *mean.shape[2:], device=mean.device)
@@ -404,7 +404,7 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
             score = score + discount * reward
             discount = gamma * discount * ~terminated
         score = score + discount * critic(state, actor(state)).min(0).values  # (n C,)
-        index = score.view(len(obs), candidates).topk(elites).indices  # (n, E)
+        index = score.view(len(obs), candidates).topk(elites).indices  # (n, E): E elites
         best = u[torch.arange(len(obs), device=u.device)[:, None], index]  # (n, E, H, da)
         mean = 0.1 * mean + 0.9 * best.mean(1, keepdim=True)
         std = (0.1 * std**2 + 0.9 * best.var(1, correction=0, keepdim=True)).sqrt()

@@ -4,7 +4,9 @@ The actor uses one quantity of its critic only, the action-gradient of Q. So MAG
 right: it imagines a step with a learned, differentiable model, takes the gradient of the TD error by the
 action, through reward, model, target actor and target critics, and minimises its norm beside the error.
 Read dyna_td3.py first; new are `with_action_gradient`, `mage_loss` (Eq. 5-8, 13, Algorithm 2) and `--lam`.
-Letters and shapes as there; lambda is lam. MAGE-DDPG (B.1): --num-critics 1 --policy-delay 1 --target-noise 0
+MAGE-DDPG (B.1): --num-critics 1 --policy-delay 1 --target-noise 0
+Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic, p model, lambda lam; a bar is *_target.
+Shapes    B batch, ds observation, da action, N critics, K ensemble members.
 
 Differences, beyond those of dyna_td3.py:
 - The target's action-gradient holds no trained parameter: it is taken once and detached, Q's alone is
@@ -235,7 +237,7 @@ def huber(x):
 
 
 def model_loss(model, obs, action, next_obs):
-    """Negative log-likelihood of (K, B, .) transitions up to constants, and mean squared error   Eq. 9."""
+    """Twice the negative log-likelihood of (K, B, .) without constants, and mean squared error   Eq. 9."""
     target = model.delta_norm(next_obs - obs)  # (K, B, ds)
     mean, logvar = model(obs, action)  # (K, B, ds)
     square = (mean - target) ** 2
@@ -270,8 +272,8 @@ def mage_loss(critic, step_target, obs, action):
     y, grad_y = with_action_gradient(step_target, action)  # (B,), (B, da)
     actions = action.expand(critic.members, -1, -1)  # (N, B, da): both critics in one backward pass
     q, grad_q = with_action_gradient(lambda a: critic(obs, a), actions, create_graph=True)
-    delta = y.detach() - q  # (N, B)   Eq. 6
-    grad_delta = grad_y - grad_q  # (N, B, da)   Eq. 13
+    delta = y.detach() - q  # (N, B)   Algorithm 2, delta
+    grad_delta = grad_y - grad_q  # (N, B, da)   Eq. 13; its norm is what Eq. 6 minimises
     return huber(grad_delta.norm(dim=-1)), huber(delta)
 
 

@@ -163,7 +163,8 @@ class Resumable(gym.Wrapper):
         self._left -= 1
         rows = [torch.as_tensor(x)[None] for x in (obs, self._actions[-1], self.obs)]
         for known, inputs, truth in ((REWARDS, rows, reward), (TERMINATIONS, rows[2:], terminated)):
-            function = known.get(self.spec.id)
+            names = {name.rpartition(":")[2]: function for name, function in known.items()}  # module:id
+            function = names.get(self.spec.id)
             told = function(*inputs) if function else torch.tensor([truth])
             if told.shape != (1,) or abs(float(told) - truth) > 1e-3 * max(1.0, abs(truth)):
                 name, says = function.__name__, f"{told.tolist()} for one row"

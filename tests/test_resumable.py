@@ -2,7 +2,6 @@
 
 import io
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -88,6 +87,9 @@ def test_the_functions_we_have_say_what_the_environment_says(env_id):
     assert env._left == 0
 
 
-def test_an_environment_that_has_no_functions_is_not_compared():
-    assert "MountainCarContinuous-v0" in gym.registry and "MountainCarContinuous-v0" not in REWARDS
-    drive(Resumable(make_env("MountainCarContinuous-v0", seed=0)), np.random.default_rng(0), 2)
+def test_an_environment_named_with_its_module_is_compared_and_one_without_functions_is_not(monkeypatch):
+    env_id = "gymnasium:MountainCarContinuous-v0"
+    drive(Resumable(make_env(env_id, seed=0)), np.random.default_rng(0), 2)
+    monkeypatch.setitem(REWARDS, env_id, REWARDS["InvertedPendulum-v4"])
+    with pytest.raises(Fault, match="one of common/rewards.py"):
+        drive(Resumable(make_env(env_id, seed=0)), np.random.default_rng(0), 1)
