@@ -3,6 +3,7 @@
 For a run of the TD3 family: ten episodes without noise, from the starts of the evaluations.
 """
 
+import csv
 import sys
 
 import numpy as np
@@ -68,6 +69,11 @@ def main(run_dir):
     seen = np.array([at_limits(row, env) for row in buffer["rows"][: buffer["added"], :23].numpy()])
     for start in range(0, len(seen), 500):
         print(f"  {start:6d}-{start + 500:6d} {seen[start : start + 500].mean():.1f}")
+    curve = [(int(r["step"]), float(r["return_mean"])) for r in csv.DictReader(open(f"{run_dir}/eval.csv"))]
+    curve = [(step, value) for step, value in curve if args.learning_starts < step <= len(seen)]
+    around = [seen[step - 100 : step + 100].mean() for step, _ in curve]
+    correlation = np.corrcoef(around, [value for _, value in curve])[0, 1]
+    print(f"their correlation, 100 steps before and after an evaluation, with its return: {correlation:.2f}")
 
 
 if __name__ == "__main__":
