@@ -65,6 +65,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions kept
     real_ratio: float = 0.05  # share of D_env in a batch, the rest is from D_model
     rollouts: int = 100_000  # imagined after every fit of the model, from replayed states
+    rollout_growth: float = 1.0  # by steps 20,000 to 100,000 there are this many times as many
     rollout_length: int = 1  # steps of each of them
     model_buffer_size: int = 2_000_000  # imagined transitions kept
     # --- actor and critic ---
@@ -94,12 +95,15 @@ LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, roll
 LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
                     model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
                     horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)
-WALKER = dict(horizon=2)
+ROBOTS = dict(Walker2d=dict(horizon=2), Hopper=dict(rollout_growth=15.0), Ant=dict(rollout_growth=25.0))
+ROBOTS = {env_id: values for name, values in ROBOTS.items()
+          for env_id in (f"{name}-v4", f"{name}-v5", f"mbbl/{name}-v0")}
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
-    "paper": {"*": {}, "Walker2d-v4": WALKER, "Walker2d-v5": WALKER, "mbbl/Walker2d-v0": WALKER},
+    "paper": {"*": {}} | ROBOTS,
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL,
-               **dict.fromkeys(("Walker2d-v4", "Walker2d-v5", "mbbl/Walker2d-v0"), LAPTOP | WALKER)},
+               **{env_id: LAPTOP | values for env_id, values in ROBOTS.items()}},
 }
+GROWTH = (20_000, 100_000)  # steps between which the number of imagined trajectories grows
 MODEL_BATCH, HELD_OUT = 256, 5  # rows of a step; for each member one row in 5 is for validation
 PATIENCE = 5, 100  # epochs, and gradient steps, without progress before a member is done
 LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
@@ -113,8 +117,10 @@ class Normaliser(nn.Module):
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(dim))
 
-    def update(self, x):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -123,11 +129,14 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
+        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
+        self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
-        return (x - self.mean) / self.std.masked_fill(self.std < 1e-4, 1.0)
+    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+        return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
+    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
         return x * self.std + self.mean
 
 
@@ -168,8 +177,10 @@ class Actor(nn.Module):
 
     def sample(self, obs):  # -> action (B, da) and its log-probability (B,), both differentiable
         mean, std = self.gaussian(obs)
-        u = mean + std * torch.randn_like(mean)
-        log_prob = torch.distributions.Normal(mean, std, validate_args=False).log_prob(u)
+        noise = torch.randn_like(mean)
+        u = mean + std * noise
+        # log N(u; mean, std) from the noise itself: u - mean would cancel where std is small.
+        log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
         return u.tanh(), (log_prob - log_slope).sum(-1)
 
@@ -252,10 +263,12 @@ def model_losses(model, obs, action, next_obs):
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 
 
-def hold_out(rows, members, device):
+class HeldOut(nn.Module):
     """Which rows judge which member, (rows, K) bool: one of every HELD_OUT in sequence, drawn for each."""
-    pick = torch.randint(HELD_OUT, (-(-rows // HELD_OUT), members), device=device)
-    return (torch.arange(HELD_OUT, device=device)[:, None] == pick[:, None]).flatten(0, 1)[:rows]
+    def __init__(self, rows, members):
+        super().__init__()
+        pick = torch.randint(HELD_OUT, (-(-rows // HELD_OUT), 1, members))
+        self.register_buffer("mask", (torch.arange(HELD_OUT)[:, None] == pick).flatten(0, 1)[:rows])
 
 
 def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
@@ -277,18 +290,21 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     steps = math.ceil(min(map(len, train)) / MODEL_BATCH)  # in an epoch
     patience = max(PATIENCE[0], math.ceil(PATIENCE[1] / steps))
     judge = draw(test)[:, :2000]
+    optimizer.state.clear()  # the moments of the last fit are those of weights that were given up
     parameters = list(model.parameters())
     best = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         lowest = model_losses(model, obs[judge], action[judge], next_obs[judge])  # (K,) the first to beat
-    stale = torch.zeros_like(lowest)
+    reached, stale = lowest, torch.zeros_like(lowest)
     for epochs in range(1, max_epochs + 1):  # noqa: B007
         for rows in draw(train).split(MODEL_BATCH, 1):
             descend(optimizer, model_losses(model, obs[rows], action[rows], next_obs[rows]).mean())
         with torch.no_grad():
             losses = model_losses(model, obs[judge], action[judge], next_obs[judge])
-            better = (losses < lowest - 0.01) & (stale < patience)  # (K,)
-            lowest, stale = torch.where(better, losses, lowest), torch.where(better, 0, stale + 1)
+            better = (losses < lowest) & (stale < patience)  # (K,)
+            lowest = torch.where(better, losses, lowest)
+            progress = lowest < reached - 0.01  # less does not make a member patient again
+            reached, stale = torch.where(progress, lowest, reached), torch.where(progress, 0, stale + 1)
             best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
         if not losses.isfinite().all():
             return losses, epochs  # for the run to stop
@@ -471,16 +487,13 @@ def train(args: Args) -> float:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     uses_model = args.horizon > 0 or args.steve or args.real_ratio < 1
     if uses_model and min(args.learning_starts, args.buffer_size) < 2 * HELD_OUT:
-        sizes = f"--learning-starts {args.learning_starts}, --buffer-size {args.buffer_size}"
-        raise BadInput(f"{sizes}: the model needs at least {2 * HELD_OUT} steps of data.")
-    if args.real_ratio < 1 and not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
-        raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
+        raise BadInput(f"--learning-starts, --buffer-size: the model needs at least {2 * HELD_OUT} steps.")
 
     actor, critic, critic_target, model = (net.to(device) for net in networks(args, obs_dim, action_dim))
     temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     real = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)  # D_env
     imagined = ReplayBuffer(args.model_buffer_size if args.real_ratio < 1 else 1, obs_dim, action_dim, device)
-    held_out = hold_out(args.buffer_size, args.ensemble_size, device)
+    held_out = HeldOut(args.buffer_size, args.ensemble_size).to(device)
     actor_opt, critic_opt, alpha_opt = (adam(net, args.lr) for net in (actor, critic, temperature))
     model_opt = adam(model, args.model_lr)
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
@@ -514,7 +527,7 @@ def train(args: Args) -> float:
     update = accelerate(update, args.accelerate, device)
     state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
-                 critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt)
+                 critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt, held_out=held_out)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(actor)
@@ -531,18 +544,19 @@ def train(args: Args) -> float:
             real.add(obs, action, reward, next_obs, terminated)
             model.obs_norm.update(obs)
             model.action_norm.update(action)
-            model.delta_norm.update(next_obs - obs)
+            model.delta_norm.update(next_obs - obs, model.obs_norm)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
             # --- learn the model, imagine ---
             since = step - args.learning_starts
             if uses_model and since >= 0 and since % args.model_train_every == 0:
-                losses, epochs = fit_model(model, model_opt, real, held_out)
+                losses, epochs = fit_model(model, model_opt, real, held_out.mask)
                 run.record(model_loss=losses.mean(), model_epochs=epochs)
                 if args.real_ratio < 1:
                     n = args.rollouts // args.ensemble_size * args.ensemble_size
-                    imagine_data(actor, step_shuffled, real, imagined, n, args.rollout_length)
+                    for _ in range(round(np.interp(step, GROWTH, (1, args.rollout_growth)))):
+                        imagine_data(actor, step_shuffled, real, imagined, n, args.rollout_length)
             # --- learn critic and actor ---
             for _ in range(args.updates_per_step if since > 0 else 0):
                 run.record(**update())

@@ -105,8 +105,10 @@ class Normaliser(nn.Module):
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(dim))
 
-    def update(self, x):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -115,11 +117,14 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
+        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
+        self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
-        return (x - self.mean) / self.std.masked_fill(self.std < 1e-4, 1.0)
+    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+        return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
+    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
         return x * self.std + self.mean
 
 
@@ -193,12 +198,12 @@ class RewardModel(nn.Module):
     """Learned reward r(s, a, s'): (B, ds), (B, da), (B, ds) -> (B,)   (B.2)."""
     def __init__(self, obs_norm, action_norm, hidden, layers):
         super().__init__()
-        self.obs_norm, self.action_norm = obs_norm, action_norm
+        self.obs_norm, self.action_norm, self.reward_norm = obs_norm, action_norm, Normaliser(1)
         self.net = mlp(1, 2 * len(obs_norm.mean) + len(action_norm.mean), hidden, layers, 1)
 
     def forward(self, obs, action, next_obs):
         x = torch.cat([self.obs_norm(obs), self.action_norm(action), self.obs_norm(next_obs)], -1)
-        return self.net(x[None])[0, :, 0]
+        return self.reward_norm.inverse(self.net(x[None])[0])[:, 0]
 
 
 # --- replay buffer ------------------------------------------------------------------------------------------
@@ -349,7 +354,8 @@ def train(args: Args) -> float:
         loss, error = model_loss(model, obs, action, next_obs)
         log = dict(model_loss=loss, model_error=error, model_grad=descend(model_opt, loss))
         if args.learned_reward:
-            loss = nn.functional.mse_loss(reward_model(obs[0], action[0], next_obs[0]), reward[0])
+            error = reward_model(obs[0], action[0], next_obs[0]) - reward[0]  # (B,)
+            loss = (error / reward_model.reward_norm.scale).square().mean()
             log |= dict(reward_loss=loss, reward_grad=descend(reward_opt, loss))
         return log
 
@@ -398,7 +404,8 @@ def train(args: Args) -> float:
             buffer.add(obs, action, reward, next_obs, terminated)
             obs_norm.update(obs)
             model.action_norm.update(action)
-            model.delta_norm.update(next_obs - obs)
+            reward_model.reward_norm.update(reward)
+            model.delta_norm.update(next_obs - obs, obs_norm)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()

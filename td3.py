@@ -81,8 +81,10 @@ class Normaliser(nn.Module):
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(dim))
 
-    def update(self, x):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -91,11 +93,14 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
+        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
+        self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what hardly varied is only shifted
-        return (x - self.mean) / self.std.masked_fill(self.std < 1e-4, 1.0)
+    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+        return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what hardly varied gets no noise and passes no gradient
+    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
         return x * self.std + self.mean
 
 

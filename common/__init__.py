@@ -1,9 +1,18 @@
 """Knowledge about environments and about runs; nothing here knows which algorithm is running."""
 
+import sys
+
+from tqdm import tqdm
+
 
 def one_line(error):
     """What an exception says, as a part of a sentence: "ValueError: why"."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+
+
+def say(text):
+    """A sentence about the run, on stderr, beside whatever progress bar there is."""
+    tqdm.write(text, file=sys.stderr)
 
 
 class BadInput(ValueError):

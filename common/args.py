@@ -16,7 +16,7 @@ from common import BadInput, Fault
 INF = math.inf
 LIMITS = {  # what a number must lie between, ends included; any other: finite and not negative
     "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1),
-    "target_entropy": (-INF, INF),
+    "target_entropy": (-INF, INF), "rollout_growth": (1, INF),
     **dict.fromkeys(("eval_every", "eval_episodes", "buffer_size", "batch_size", "actor_hidden",
                      "critic_hidden", "num_critics", "policy_delay", "ensemble_size", "model_hidden",
                      "model_layers", "model_train_every", "reward_hidden", "reward_layers",
@@ -52,6 +52,8 @@ def check(args):
     if args.batch_size % getattr(args, "ensemble_size", 1):
         sizes = f"--batch-size {args.batch_size} is no multiple of --ensemble-size {args.ensemble_size}"
         raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")
+    if getattr(args, "real_ratio", 1) < 1 and not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
+        raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
 

@@ -5,6 +5,7 @@ run stop and go on in mid-episode. The rest are environments that Gymnasium does
 a continuous force, a double integrator; the tasks of wang2019.py and Pusher-v4 (pusher.py) are registered.
 """
 
+import json
 import os
 import sys
 from functools import partial
@@ -15,10 +16,9 @@ import numpy as np
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box
-from gymnasium.utils import seeding
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
-from common import BadInput, Fault, one_line
+from common import BadInput, Fault, one_line, say
 from common.rewards import REWARDS, TERMINATIONS
 
 MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
@@ -30,10 +30,11 @@ def make_env(env_id, seed=None, render_mode=None):
 
     Actions beyond [-1, 1] are clipped; each dimension is rescaled to the environment's own bounds. MuJoCo
     runners have info["x_velocity"], in m/s, put before their observation, 0 at reset: it is what they are
-    paid for, and nothing else in the observation gives it exactly. With `seed`, the first bare `reset()` is
-    what `reset(seed=seed)` would be. Raises BadInput for an id or a space that cannot be used.
+    paid for, and nothing else in the observation gives it exactly. What it returns is the caller's own array,
+    also where the environment changes its arrays in place. With `seed`, the first bare `reset()` is
+    `reset(seed=seed)`. Raises BadInput for an id or a space that cannot be used.
     """
-    if render_mode and sys.platform == "linux" and "DISPLAY" not in os.environ:
+    if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo draws nothing unless told how
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and pygame prints an error, though it draws
     warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
@@ -44,7 +45,7 @@ def make_env(env_id, seed=None, render_mode=None):
             env = PrependXVelocity(env)
         # Observations get no bounds: nobody uses them, and those of a float64 Box may not fit into float32.
         anything = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-        env = TransformObservation(env, np.float32, anything)
+        env = TransformObservation(env, partial(np.array, dtype=np.float32), anything)  # which copies
         # Clipped after the rescaling, which takes actions beyond [-1, 1] past the bounds, and may round past.
         own = env.action_space
         env = TransformAction(env, partial(_clip, space=own), Box(own.low, own.high, dtype=np.float32))
@@ -52,9 +53,8 @@ def make_env(env_id, seed=None, render_mode=None):
     finally:
         gym.logger.min_level = warn_level
     if seed is not None:
-        env.unwrapped.np_random = seeding.np_random(seed)[0]
         env.action_space.seed(seed)
-    return env
+    return SeedFirstReset(env, seed)
 
 
 def _make(env_id, render_mode):
@@ -66,8 +66,11 @@ def _make(env_id, render_mode):
         return gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever goes wrong while it is built, the user can only choose another
         reason = " ".join(str(error).split()).rstrip(".")
-        missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
-        fix = "install what it needs" if missing else "give an id that Gymnasium knows, such as Hopper-v4"
+        fix = f"make gymnasium.make({env_id!r}) work; if it can exist only once, --eval-episodes 0 trains without"
+        if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
+            fix = "install what it needs"
+        elif isinstance(error, gym.error.Error):  # it is not registered, or not under this version
+            fix = "give an id that Gymnasium knows, such as Hopper-v4"
         if versions and env_id not in versions:  # MuJoCo's v2 and v3 are registered, but gone
             fix = f"use {' or '.join(versions)}"
         raise BadInput(f"--env-id {env_id!r} cannot be made ({reason}): {fix}.") from error
@@ -123,45 +126,82 @@ class PrependXVelocity(gym.Wrapper):
         return np.append(info["x_velocity"], obs), *rest, info
 
 
+class SeedFirstReset(gym.Wrapper):
+    """The first reset has a seed, later ones are bare, as Gymnasium wants it: the environment's own
+    generator, of whatever kind, is seeded in the way that its author has foreseen."""
+
+    def __init__(self, env, seed):
+        super().__init__(env)
+        self.next_seed = seed
+
+    def reset(self, *, seed=None, options=None):
+        seed, self.next_seed = self.next_seed if seed is None else seed, None
+        return self.env.reset(seed=seed, options=options)
+
+
 class Resumable(gym.Wrapper):
     """Wraps the training environment so that a stopped run goes on bit for bit, in mid-episode too.
 
     Its state is the random generator as it was just before the last reset, and the actions since: replaying
     them is exact wherever `np_random` is the only randomness. Setting positions and velocities is not, as
-    MuJoCo's solver starts from its last solution. `obs` is the current observation (None before a reset).
+    MuJoCo's solver starts from its last solution. An episode that cannot be repeated is given up on resume,
+    and a new one begins; one sentence says so then, and another one when the run starts, if two resets with
+    the same seed and some steps differ. `obs` is the current observation (None before a reset).
     Whatever goes wrong in the environment, or comes out of it that is no number, is a Fault; so is a function
     of common/rewards.py that says something else than the environment in the first steps.
     """
 
     COMPARED = 100  # steps
+    TRIED = 5  # steps after each of the two resets
+    LONGEST = 10_000  # steps of an episode that a resume replays
 
     def __init__(self, env):
         super().__init__(env)
         self._left = self.COMPARED
-        self.obs, self._rng, self._reset_args, self._actions = None, None, None, []  # None before a reset
+        self.obs, self._seed, self._resets = None, None, 0  # None before a reset
+        self._rng, self._reset_args, self._actions, self._length = None, None, [], 0
 
     def reset(self, **kwargs):
-        self._rng = self.unwrapped.np_random.bit_generator.state
-        self._reset_args, self._actions = kwargs, []
+        seed = self.env.get_wrapper_attr("next_seed")
+        if seed is not None and kwargs.get("seed") is None:  # the first reset of a run
+            self._seed, kwargs = seed, kwargs | {"seed": seed}
+            if self._try_out(kwargs) != self._try_out(kwargs):
+                say(f"{self.spec.id} is not the same after two resets with one seed: runs of one --seed will "
+                    "differ, and a resumed run will begin with a new episode")  # fmt: skip
+        self._rng, self._reset_args = _random_state(self.unwrapped), kwargs
+        self._actions, self._length = [], 0
+        self._resets += 1
         self.obs, info = self._call(self.env.reset, **kwargs)
         return self.obs, info
 
+    def _try_out(self, kwargs):
+        """What a reset and some steps give, as bytes."""
+        rng, seen, done = np.random.default_rng(0), [self._call(self.env.reset, **kwargs)[0].tobytes()], False
+        while not done and len(seen) <= self.TRIED:
+            action = rng.uniform(-1, 1, self.action_space.shape).astype(np.float32)
+            obs, reward, terminated, truncated, _ = self._call(self.env.step, action)
+            seen.append((obs.tobytes(), np.float64(reward).tobytes(), terminated, truncated))
+            done = terminated or truncated
+        return seen
+
     def step(self, action):
-        before = self.obs
-        self._actions.append(np.array(action, np.float32))  # a copy: the caller may reuse its array
-        self.obs, reward, *rest = self._call(self.env.step, self._actions[-1])
+        before, action = self.obs, np.array(action, np.float32)  # a copy: the caller may reuse its array
+        self._length += 1
+        if self._length <= self.LONGEST:
+            self._actions.append(action)
+        self.obs, reward, *rest = self._call(self.env.step, action)
         if np.shape(reward):
             raise Fault(f"the reward of {self.spec.id} has shape {np.shape(reward)}, it is not a number")
         if not np.isfinite(reward):
             raise Fault(f"the reward of {self.spec.id}, {reward}, is not a finite number")
         if self._left > 0:
-            self._compare(before, reward, rest[0])
+            self._compare(before, action, reward, rest[0])
         return self.obs, reward, *rest
 
-    def _compare(self, obs, reward, terminated):
+    def _compare(self, obs, action, reward, terminated):
         """Somebody's own functions may have a wrong shape or formula, and the critic would not notice."""
         self._left -= 1
-        rows = [torch.as_tensor(x)[None] for x in (obs, self._actions[-1], self.obs)]
+        rows = [torch.as_tensor(x)[None] for x in (obs, action, self.obs)]
         for known, inputs, truth in ((REWARDS, rows, reward), (TERMINATIONS, rows[2:], terminated)):
             names = {name.rpartition(":")[2]: function for name, function in known.items()}  # module:id
             function = names.get(self.spec.id)
@@ -179,22 +219,54 @@ class Resumable(gym.Wrapper):
         return obs, *rest
 
     def state_dict(self):
-        """Plain data (dict, list, str, int, float), so that torch.load(weights_only=True) reads it."""
-        rng = self._rng or self.unwrapped.np_random.bit_generator.state
-        actions = [a.tolist() for a in self._actions]
-        obs = None if self.obs is None else self.obs.tolist()
-        return {"rng": rng, "reset_args": self._reset_args, "actions": actions, "obs": obs}
+        """Plain data (dict, list, str, int, float) and a tensor, which torch.load(weights_only=True) reads."""
+        actions = torch.from_numpy(np.array(self._actions, np.float32))  # (steps, da)
+        return {"rng": self._rng, "reset_args": self._reset_args, "actions": actions, "length": self._length,
+                "obs": None if self.obs is None else self.obs.tolist(), "seed": self._seed,
+                "resets": self._resets}  # fmt: skip
 
     def load_state_dict(self, state):
-        """Restore the generator, reset and replay: the environment then goes on as the saved one did."""
-        self.obs, self._rng, self._reset_args, self._actions = None, None, None, []
-        self.unwrapped.np_random.bit_generator.state = state["rng"]
-        if state["reset_args"] is not None:
+        """Restores the generator, resets and replays: the environment then goes on as the saved one did.
+        Where that is not possible a new episode begins, with a seed of its own."""
+        self._seed, self._resets = state["seed"], state["resets"] - 1
+        if state["reset_args"] is None:  # it has not been reset
+            self.obs, self._rng, self._reset_args, self._actions = None, None, None, []
+            return
+        try:
+            _set_random_state(self.unwrapped, state["rng"])
             self.reset(**state["reset_args"])
-        for action in state["actions"]:
-            self.step(action)
-        if state["obs"] != (None if self.obs is None else self.obs.tolist()):
-            raise Fault(f"{self.spec.id} does not repeat the episode in progress here")
+            for action in state["actions"].numpy():
+                self.step(action)
+            repeated = self._length == state["length"] and self.obs.tolist() == state["obs"]
+            reason = "it is not the same when it is repeated"
+        except Fault as error:
+            repeated, reason = False, str(error)
+        if not repeated:
+            say(f"--resume: the episode of {self.spec.id} is given up after {state['length']} steps ({reason}); "
+                "a new one begins")  # fmt: skip
+            self._resets = state["resets"]
+            seed = None if self._seed is None else [self._seed, self._resets]
+            self.reset(seed=seed and int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1))
+
+
+def _random_state(env):
+    """The state of an environment's np_random as plain data; None where it is no generator of NumPy's."""
+    rng = getattr(env, "np_random", None)
+    if isinstance(rng, np.random.Generator):
+        state = rng.bit_generator.state
+    elif isinstance(rng, np.random.RandomState):
+        state = rng.get_state(legacy=False)
+    else:
+        return None
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))
+
+
+def _set_random_state(env, state):
+    rng = getattr(env, "np_random", None)
+    if isinstance(rng, np.random.Generator) and state is not None:
+        rng.bit_generator.state = state
+    elif isinstance(rng, np.random.RandomState) and state is not None:
+        rng.set_state(state)
 
 
 # --- environments of our own ---

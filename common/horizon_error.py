@@ -104,9 +104,9 @@ def learn(args, seed):
         buffer.add(obs, action, reward, next_obs, terminated)
         model.obs_norm.update(obs)
         model.action_norm.update(action)
-        model.delta_norm.update(next_obs - obs)
+        model.delta_norm.update(next_obs - obs, model.obs_norm)
         obs = next_obs
-    held_out = maac_sac.hold_out(args.steps, model.members, "cpu")
+    held_out = maac_sac.HeldOut(args.steps, model.members).mask
     maac_sac.fit_model(model, maac_sac.adam(model, SIZES.model_lr), buffer, held_out)
     optimizer = maac_sac.adam(critic, SIZES.lr)
     for _ in range(args.critic_updates):  # SAC's target without entropy: alpha 0, horizon 0, one member

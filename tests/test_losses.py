@@ -39,7 +39,7 @@ class Setting:
         self.model = self.net(mage_td3.Dynamics(self.obs_norm, da, 16, 2, K))
         for norm in (self.obs_norm, self.model.action_norm, self.model.delta_norm):
             norm.mean.normal_(std=0.1)
-            norm.std.uniform_(0.3, 1.0)
+            norm.scale.copy_(norm.std.uniform_(0.3, 1.0))
         self.action = self.actor(self.obs).detach()
         self.model_noise, self.target_noise = torch.randn_like(self.obs), 0.2 * torch.randn_like(self.action)
         self.member = torch.arange(K).repeat_interleave(B // K)
@@ -227,20 +227,46 @@ def test_the_first_contact_does_not_set_resting_things_in_motion():
     obs, action = torch.randn(500, 2), torch.rand(500, 1) * 2 - 1
     next_obs = obs + torch.cat([0.1 * action, 3e-6 * torch.randn(500, 1)], 1)
     for rows in zip(obs, action, next_obs - obs, strict=True):
-        for norm, row in zip((model.obs_norm, model.action_norm, model.delta_norm), rows, strict=True):
-            norm.update(row)
+        model.obs_norm.update(rows[0])
+        model.action_norm.update(rows[1])
+        model.delta_norm.update(rows[2], model.obs_norm)
     optimizer = td3.radam(model, 3e-3)
     for _ in range(400):
         i = torch.randint(500, (K, 64))
         td3.descend(optimizer, dyna_td3.model_loss(model, obs[i], action[i], next_obs[i])[0])
-    model.delta_norm.update(torch.tensor([0.0, 0.01]))
+    model.delta_norm.update(torch.tensor([0.0, 0.01]), model.obs_norm)
     change = (model.sample(obs, action, torch.randn(500, 2)) - obs)[:, 1]
     assert change.std() < 0.2 * model.delta_norm.std[1] < 1e-4
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 9e-5, 1e-7])
+@pytest.mark.parametrize("origin", [0.0, 10.0])
+def test_a_state_may_have_small_steps_in_its_unit(unit, origin):
+    """s' = s + unit (a, a^2): small for the state, which is somewhere in [-1, 1] units of 1 or of `unit`."""
+    torch.manual_seed(0)
+    model = dyna_td3.Dynamics(td3.Normaliser(2), 1, 32, 2, K)
+    spread = max(unit, 1e-3 * (unit > 1e-6))  # of the states
+    obs, action = (origin * spread + spread * torch.randn(500, 2)).double(), torch.rand(500, 1).double() * 2 - 1
+    change = unit * torch.cat([action, action**2], 1)
+    next_obs = (obs + change).float()
+    obs, action = obs.float(), action.float()
+    for o, a, n in zip(obs, action, next_obs, strict=True):
+        model.obs_norm.update(o)
+        model.action_norm.update(a)
+        model.delta_norm.update(n - o, model.obs_norm)
+    optimizer = td3.radam(model, 3e-3)
+    for _ in range(600):
+        i = torch.randint(500, (K, 64))
+        td3.descend(optimizer, dyna_td3.model_loss(model, obs[i], action[i], next_obs[i])[0])
+    predicted = model.delta_norm.inverse(model(obs.expand(K, -1, -1), action.expand(K, -1, -1))[0]).mean(0)
+    error = ((predicted - change) ** 2).mean(0) / change.var(0)
+    assert (error < 0.05).all()  # 1 - R^2
 
 
 def test_learned_reward_sees_all_three_of_its_inputs(setting):
     s = setting
     reward = Setting.net(dyna_td3.RewardModel(s.obs_norm, s.model.action_norm, 16, 2))
+    reward.reward_norm.mean.fill_(3.0), reward.reward_norm.std.fill_(5.0)
     inputs = [x.clone().requires_grad_() for x in (s.obs, s.action, s.obs + 0.1)]
     out = reward(*inputs)
     assert out.shape == (B,)
@@ -293,7 +319,7 @@ def test_critics_take_one_action_or_one_for_each_of_them(setting):
 
 
 def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
-    data = np.random.default_rng(0).normal([5, -1e4, 2, 3], [2, 1e-3, 0, 2e-5], (1000, 4))
+    data = np.random.default_rng(0).normal([5, -1e4, 2, 3], [2, 1e-3, 0, 2e-6], (1000, 4))
     norm = td3.Normaliser(4)
     for row in data:
         norm.update(torch.tensor(row))
@@ -301,7 +327,7 @@ def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
     np.testing.assert_allclose(norm.std, data.std(0), rtol=1e-4, atol=1e-12)
     x = torch.tensor(data[:5], dtype=torch.float32)
     np.testing.assert_allclose(norm(x)[:, 0], (x[:, 0] - norm.mean[0]) / norm.std[0])
-    assert (norm(x)[:, 2:].abs() < 2e-4).all()  # hardly varied: shifted only, not blown up
+    assert (norm(x)[:, 1:].abs() < 4e-3).all()  # varied no more than by rounding: shifted, not blown up
     assert (norm.inverse(torch.randn(5, 4))[:, 2] == norm.mean[2]).all()
 
 

@@ -158,6 +158,24 @@ def test_the_entropy_is_that_of_the_first_actions_of_all_trajectories():
     assert [sorted(states) for states in asked] == [[1 + x] * 3 + [2 + x] * 3 for x in (0, 10, 20)]
 
 
+@pytest.mark.parametrize("log_std", [-1.0, -12.0, -16.0, -20.0])
+def test_log_probability_of_a_narrow_policy_is_exact_in_single_precision(log_std):
+    """u - mean would cancel: a float32 next to a mean of 2 is farther away than such a standard deviation."""
+    actor = maac_sac.Actor(maac_sac.Normaliser(3), 2, 4)
+    last = actor.net[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([2.0, 2.0, log_std, log_std]).view(1, 1, 4))
+    torch.manual_seed(0)
+    noise = torch.randn(100, 2, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda mean: noise.to(mean.dtype))
+        _, log_prob = actor.sample(torch.zeros(100, 3))
+    u = 2 + math.exp(log_std) * noise
+    expected = Normal(0.0, 1.0).log_prob(noise) - log_std - (1 - u.tanh() ** 2).log()
+    torch.testing.assert_close(log_prob.double(), expected.sum(1), rtol=1e-5, atol=1e-4)
+
+
 def test_log_probability_is_that_of_the_squashed_gaussian():
     actor, *_ = networks()
     obs = 3 * torch.randn(200, 3, dtype=torch.float64)
@@ -337,7 +355,7 @@ def test_a_step_of_imagination_keeps_what_belongs_to_a_row_together(shuffle):
 
 def test_the_loss_of_a_member_is_its_gaussian_log_likelihood():
     *_, model = networks()
-    model.delta_norm.mean.normal_(), model.delta_norm.std.uniform_(0.3, 1)
+    model.delta_norm.mean.normal_(), model.delta_norm.scale.copy_(model.delta_norm.std.uniform_(0.3, 1))
     obs, action = torch.randn(K, 16, 3).double(), torch.randn(K, 16, 2).double()
     next_obs = obs + 0.3 * torch.randn_like(obs)
     mean, logvar = model(obs, action)
@@ -358,8 +376,8 @@ def fit(seed=0, rows=400, noise=0.0, max_epochs=200, capacity=400):
         obs, action = rng.normal(size=2), rng.uniform(-1, 1, 1)
         next_obs = obs + action + noise * rng.normal(size=2)
         buffer.add(obs, action, 0.0, next_obs, False)
-        norm.update(obs), model.action_norm.update(action), model.delta_norm.update(next_obs - obs)
-    held_out = maac_sac.hold_out(capacity, K, "cpu")
+        norm.update(obs), model.action_norm.update(action), model.delta_norm.update(next_obs - obs, norm)
+    held_out = maac_sac.HeldOut(capacity, K).mask
     before = copy.deepcopy(model)
     optimizer = maac_sac.adam(model, 3e-3)
     return model, before, buffer, held_out, maac_sac.fit_model(model, optimizer, buffer, held_out, max_epochs)
@@ -416,7 +434,7 @@ def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch
     buffer = maac_sac.ReplayBuffer(100, 2, 1, "cpu")
     for _ in range(100):
         buffer.add(*(np.random.randn(n) for n in (2, 1, 1, 2)), False)
-    held_out = maac_sac.hold_out(100, 2, "cpu")
+    held_out = maac_sac.HeldOut(100, 2).mask
     losses, epochs = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, held_out)
     assert losses.tolist() == [5, 4] and epochs == 3 + 100  # epochs of one step
     for p, first, third in zip(model.parameters(), seen[1], seen[3], strict=True):
@@ -433,12 +451,23 @@ def test_a_fit_ends_after_five_epochs_and_a_hundred_steps_without_progress(rows,
     buffer = maac_sac.ReplayBuffer(rows, 2, 1, "cpu")
     buffer.added = rows
     buffer.size.fill_(rows)
-    _, made = maac_sac.fit_model(model, None, buffer, maac_sac.hold_out(rows, 2, "cpu"))
+    _, made = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, maac_sac.HeldOut(rows, 2).mask)
     assert made == epochs and len(steps) == epochs * round(0.8 * rows / 256 + 0.5)
 
 
+def test_held_out_rows_stay_held_out_when_a_run_goes_on(tmp_path):
+    """They are part of what the run is: another PyTorch might draw others."""
+    train("maac_sac", tmp_path, total_timesteps=30)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["held_out"]["mask"] = kept = ~state["held_out"]["mask"]
+    torch.save(state, path)
+    train("maac_sac", tmp_path, total_timesteps=40, resume=True)
+    assert torch.equal(checkpoint(tmp_path)["held_out"]["mask"], kept)
+
+
 def test_every_member_holds_out_a_fifth_of_the_rows_and_another_one():
-    held_out = maac_sac.hold_out(1002, K, "cpu")
+    held_out = maac_sac.HeldOut(1002, K).mask
     assert held_out.shape == (1002, K) and (held_out[:1000].view(200, 5, K).sum(1) == 1).all()
     assert (held_out[:, 0] & held_out[:, 1]).sum() < 100  # independent: 40 of 1000 expected
 
@@ -486,7 +515,7 @@ def test_a_fit_ends_as_soon_as_one_member_is_not_finite(monkeypatch):
     *_, model = networks(ds=2, da=1, members=2)
     buffer = maac_sac.ReplayBuffer(100, 2, 1, "cpu")
     buffer.size.fill_(100)
-    losses, epochs = maac_sac.fit_model(model, None, buffer, maac_sac.hold_out(100, 2, "cpu"))
+    losses, epochs = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, maac_sac.HeldOut(100, 2).mask)
     assert epochs == 2 and losses.isnan().tolist() == [False, True]
 
 
@@ -711,3 +740,14 @@ def test_a_loaded_planner_searches_with_the_settings_of_its_run(given, tmp_path,
     state = checkpoint(run)
     for name, net in dict(actor=found["actor"], critic=found["critic"], model=found["step"].args[0]).items():
         assert all(torch.equal(state[name][part], value) for part, value in net.state_dict().items())
+
+
+def test_imagined_trajectories_become_more_as_the_authors_have_it(given, tmp_path, monkeypatch):
+    """Fits at steps 20 to 50, and growth between 30 and 40, to three times as many."""
+    monkeypatch.setattr(maac_sac, "GROWTH", (30, 40))
+    changes = dict(total_timesteps=50, model_train_every=5, rollout_growth=3, model_buffer_size=16)
+    run, calls = given(tmp_path, **changes)
+    assert [len(calls["imagine_data"])] == [1 + 1 + 1 + 2 + 3 + 3 + 3]
+    assert checkpoint(run)["imagined"]["added"] == 14 * 16
+    shapes = {env_id: preset["rollout_growth"] for env_id, preset in maac_sac.PRESETS["paper"].items() if "rollout_growth" in preset}
+    assert shapes["mbbl/Hopper-v0"] == 15 and shapes["mbbl/Ant-v0"] == 25 and len(shapes) == 6

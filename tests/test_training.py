@@ -15,13 +15,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.spaces import Box
+from gymnasium.wrappers import TimeLimit
 
 import common.run
 from common import Fault
 from common.args import main
 from common.envs import make_env
 from common.evaluate import evaluate
+from common.rewards import TERMINATIONS
 from tests.conftest import (
     DYNA,
     ROOT,
@@ -535,3 +538,27 @@ def test_it_learns_to_swing_up_a_pendulum(name, tmp_path):
     assert module.train(common.args.parse_args(module.Args, module.PRESETS, words(settings))) >= -400
     returns = [float(row["return_mean"]) for row in table(tmp_path / "run", "eval")]
     assert len(returns) == 6 and returns[0] < -800
+
+
+@pytest.mark.parametrize("k", [1e-3, 1.0, 1e3, 1e5])
+@pytest.mark.parametrize("name", ["dyna_td3", "mage_td3"])
+def test_learned_reward_is_as_good_in_any_unit(name, k, tmp_path, monkeypatch, register):
+    """The loss of train.csv is one in normalised units, and what the model says has the unit of the reward."""
+
+    class Scaled(PendulumEnv):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, k * reward, *rest
+
+    env_id = register(lambda **kwargs: TimeLimit(Scaled(**kwargs), 20), known=False)
+    monkeypatch.setitem(TERMINATIONS, env_id, TERMINATIONS["Pendulum-v1"])
+    settings = dict(total_timesteps=200, learning_starts=200, eval_every=100, model_batches=100, model_lr=3e-3)
+    run = train(name, tmp_path / "run", env_id=env_id, learned_reward=True, reward_hidden=32, **settings)
+    losses = [float(row["reward_loss"]) for row in csv.DictReader((run / "train.csv").open())]
+    assert losses[1] < 0.5 * losses[0] < 0.05
+    state = checkpoint(run)
+    (obs, action, reward, next_obs, _) = stored(state).split([3, 1, 1, 3, 1], 1)
+    model = script(name).RewardModel(script(name).Normaliser(3), script(name).Normaliser(1), 32, 1)
+    model.load_state_dict(state["reward_model"])
+    error = (model(obs, action, next_obs) - reward[:, 0]).square().mean() / reward.var()
+    assert error < 0.2
