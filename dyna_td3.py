@@ -1,21 +1,94 @@
 """Dyna-TD3 (D'Oro & Jaskowski 2020, section 4): TD3 whose critic learns from imagined transitions.
 
-An ensemble of Gaussian networks learns p(s'|s, a) from replayed data. In replayed states the current actor
-acts and the ensemble answers; ten times per environment step the critic learns from such transitions.
-Read td3.py first; new are the model (Eq. 9), its training, and where the critic's batch comes from.
-Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic, p model; a bar is *_target.
-Shapes    B batch, ds observation, da action, N critics, K ensemble members. Eq.: the MAGE paper.
+An ensemble of Gaussian networks learns p(s'|s, a) from the transitions that the environment gave. In replayed
+states the current actor acts and the ensemble answers, and ten times for each step in the environment the
+critic learns from such answers. This is the baseline of the MAGE paper: mage_td3.py makes the same data, and
+asks its critic for the slope of the target as well.
 
-Beyond the paper's text, from its authors' code: network inputs and the predicted s' - s are normalised, the
-log-variance is bounded, gradients clipped by value, decoupled weight decay, actors of 384 units (the text's
-284 is a slip), target noise on the target action (Algorithm 2 has it in the reward's). Not as in their code:
-- Each member imagines a share of the i.i.d. batch: as good as a random member per row, K times cheaper.
-- A nearly constant dimension is predicted to stay; in theirs it has scale 1, and noise without meaning.
-- Model batches are drawn with replacement; they run whole epochs until 120 batches are reached.
-- Rewards are the simulator's; theirs use unscaled actions, and mix rows of the batch in Swimmer and Pendulum.
-- The learned reward sees s' (theirs sees s twice); a diverged run stops (theirs starts anew, silently).
+Equations, with the numbers of that paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1):
+    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s   trains member k (Eq. 9); Δ normalised  model_loss
+    ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, a = π(s)          is imagined, k at random (D.2)         sample
+    y = r + γ (1 - terminated) minᵢ Q̄ᵢ(ŝ, π̄(ŝ) + ε)  is the target (Algorithm 2)            td_target
+    minimise Huber(y - Qᵢ(s, a)), mean over i        trains the critics (Eq. 3)             td_loss
+    maximise minᵢ Qᵢ(s, π(s))                        trains the actor (Eq. 4, Algorithm 2)  actor_loss
+    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                moves the targets (Algorithm 2)        polyak
+
+In the paper, and in this file:
+    s, a, r, s' (ŝ imagined)  obs, action, reward, next_obs    p_ω, r̂  model, reward_model
+    π_θ, Q_φ                  actor, critic                    d       --policy-delay
+    π̄, Q̄ (a bar)              actor_target, critic_target      σ, σ̄    --exploration-noise, --target-noise
+    𝓑                         buffer                           τ       --tau; the 0.995 of D.2 is 1 - τ
+
+Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
+of the members of the ensemble.
+
+Read td3.py first. Only these blocks differ: the section "model" (`Dynamics`, `RewardModel`) and `model_loss`
+are new, `train_model` fits the ensemble every 25 steps, and `update` imagines its batch where td3.py replays
+one.
+
+Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
+it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
+says something else; [ours] is neither. "Theirs" is the published code.
+
+Of actor and critic:
+- [paper] Networks have swish units, a batch has 1024 rows, the optimiser is RAdam with a learning rate of
+  1e-4, the critic's loss is a Huber loss, and learning starts after 1000 steps (D.2). On the pendulum and the
+  cart-pole these are 512 rows, 100 steps, actors of 128 units and models of two layers of 128.
+- [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
+  and its target wait for every second one (Algorithm 2).
+- [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. Actor and critic
+  see normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], the
+  model's too, of which the paper says nothing.
+- [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
+  the action that is rewarded.
+- [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
+  more. Theirs has room for the whole run, which is the same up to a million steps; for the three million
+  steps of B.5 give --buffer-size 3000000.
+- [ours] The first update follows step 1001 (--learning-starts and one), the first that the actor takes
+  itself. Theirs follows step 1000, so that theirs is ten updates ahead.
+- [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
+  result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
+  beyond 1e5, notes it in its log, and goes on with the old model and buffer.
+
+Of the model:
+- [authors' code] The model's inputs and what it predicts, s' - s, are normalised, and a sigmoid keeps its
+  log-variance between -5 and -1. The paper says only that it predicts the difference (D.2).
+- [authors' code] The weight decay of 1e-4 (D.2) is decoupled. With the learning rate of 1e-4 it does nothing,
+  there and here: it multiplies a weight by 1 - 1e-8, which is 1 in float32. With the 1e-3 that the laptop
+  preset has for the pendulum and the cart-pole the factor is 1 - 1.2e-7, which does act, but takes 0.2% in
+  the 14,400 batches of its 3000 steps.
+- [ours] Each member imagines an equal share of the batch. As the rows are drawn independently, this is as
+  good as theirs, a random member for each row, and costs one K-th of it.
+- [ours] A fit is 120 batches, as D.2 has it, drawn with replacement, so that a step costs the same throughout
+  a run. Theirs runs whole epochs until it has 120 batches or more, and with many transitions one epoch is far
+  more: 390 batches with 100,000, and 11,718 with the three million of B.5.
+- [ours] Normalisers follow every step, as one of the observations serves all networks. Theirs do so for actor
+  and critic, while the model and the learned reward keep those of their last fit until the next one, 25 steps
+  later.
+- [ours] The last layer of the model, as all layers, begins with uniform Xavier weights. In theirs the last
+  layers of the model and of the learned reward have normal ones, of the same variance.
+- [ours] A dimension that varies by no more than the rounding of its own size is taken for constant and
+  predicted to stay as it is. Theirs gives a deviation below 1e-6 the scale 1, so that the model adds noise of
+  0.08 to 0.61, in whatever unit the dimension has, to something that never moves.
+
+Of the reward:
+- [ours] Rewards are those that the simulator pays. Theirs are computed from actions in [-1, 1] even where the
+  simulator gets larger ones (Pusher: a quarter of the true cost of an action), and on imagined batches they
+  mix rows: Swimmer's cost is summed over the batch, and Pendulum takes the torque of its first row for all.
+- [ours] The learned reward (B.2) sees s, a and s' normalised, learns from the first member's batches, and its
+  error counts in standard deviations of the reward, so that no unit of the reward is special to the
+  optimiser. Theirs sees the raw action and, by a slip, s normalised a second time in the place of s'; it has
+  epochs of its own, and its error counts in the unit of the reward.
 
 python dyna_td3.py --env-id Pendulum-v1 --preset laptop  # -108 to -143, one seed of five -701; 4 minutes
+
+Try this:
+- Look at the last line of eval.csv. In five such runs ∇ₐQ was 2.4 to 7.2 long (`gradient_norm`) where the
+  truth was 0.054 to 0.19 (`true_norm`), and yet four of the five policies are good: in one dimension the sign
+  is enough.
+- Give `--env-id ContinuousCartPole-v1`. Three seeds end after 10, 9 and 9 steps of 500: the critic is only
+  ever asked about the actor's own action, so once the actor pushes with all its force nothing tells what less
+  would be worth.
 """
 
 from dataclasses import dataclass
@@ -52,7 +125,8 @@ class Args:
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10  # in each evaluation
+    eval_episodes: int = 10  # in each evaluation; 0: none
+    eval_max_steps: int = 10_000  # where an episode of an evaluation is cut
     # --- data ---
     learning_starts: int = 1000  # steps of uniform random actions before actor and critic learn
     buffer_size: int = 1_000_000  # transitions kept
@@ -102,9 +176,8 @@ class Normaliser(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
+            self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""

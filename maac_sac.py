@@ -1,26 +1,118 @@
 """MAAC (Clavera, Fu & Abbeel 2020) on SAC: an actor trained by backpropagating through H steps of a model.
 
-Its objective is an imagined return: H rewards along a trajectory of the ensemble, then the critic's value of
-where it ends. H trades the model's error for the critic's. The critic learns on imagined data, with targets
-of several horizons, weighted by how well the members agree on them (STEVE, Buckman et al. 2018).
-Letters   s obs, a action, s' next_obs, pi actor, Q critic, f model, alpha temperature (the paper's beta).
-Shapes    B batch, ds observation, da action, N critics, K ensemble members, H horizon, S samples.
-Settings  SAC: --horizon 0 --no-steve --real-ratio 1   MBPO: --horizon 0 --no-steve
-          STEVE on SAC: --horizon 0 --real-ratio 1     MAAC: none of these
+The actor maximises an imagined return: H rewards along a trajectory of an ensemble of models, and then the
+critic's value of where it ends. H trades the error of the model's derivatives for that of the critic's (Lemma
+4.1). The critic learns on imagined data, from targets of several horizons, weighted by how well the members
+of the ensemble agree on them (STEVE, Buckman et al. 2018).
 
-Values are those of the authors' code where the paper has none. Not as there:
-- After each environment step G2 updates, critic first, and every 250 a refit: no iterations of 1000 steps.
-- The model's standard deviation is exp(logvar / 2); their gradient takes exp(logvar). Its bounds are fixed.
-- Every horizon has a target for each member (theirs: a random half) and critic. Theirs has one value, eight
-  times, at horizon 0: no variance, so all the weight. Variances are pooled over the batch (two critics).
-- S whole trajectories start in a state, as the paper says; their last version samples S last actions.
-- The smaller critic counts on each trajectory, theirs on the mean; predictions are not clipped.
-- Reward stops at the first terminal state of a trajectory; theirs looks at the last state alone.
-- A member is done after 5 epochs, and 100 steps, without progress on held-out rows, and gets its best weights
-  back. With epochs alone a fit of few rows ends almost untrained, and its noise ruins the critic.
-- Swish networks on normalised observations, as in the other scripts, for relu and tanh on raw ones.
+Equations; the paper does not number them:
+    maximise Σ γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀|s₀), t < H  actor (Sec. 4.3)     actor_loss
+    minimise (y - Qⱼ(s, a))², mean over j                            critics (Sec. 3.1)   critic_loss
+    y = Σ w_h meanₖ minⱼ T_h, w_h ∝ 1 / var T_h over k and j         target (Sec. 4.3)    soft_targets
+    T_h = r + γ [Σ γⁱ (rᵢ - α log πᵢ) + γʰ (Q̄ⱼ - α log π_h)], i < h  from s', member k    soft_targets
+    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s normalised        member k (Sec. 4.3)  fit_model
+    minimise -α (log π(a₀|s₀) + target entropy)                      temperature (SAC)    temperature_loss
+    Q̄ ← τ Q + (1 - τ) Q̄                                              target critics       polyak
+
+In the paper, and in this file:
+    s, a, r         obs, action, reward             H                     --horizon
+    π_θ, Q_ψ, Q̄     actor, critic, critic_target    G₁                    the epochs of fit_model
+    f_φ, M members  model, --ensemble-size          G₂                    --updates-per-step, for each step
+    β               alpha, exp(log_alpha)           trajectories from ŝ₀  --num-samples
+    D_env, D_model  real, imagined                  𝒯 of Algorithm 1      --rollouts, --rollout-length
+
+Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
+of the members, H the horizon, S the number of trajectories from a state; in `plan_action` n states, C
+candidates, E elites.
+
+One script, four algorithms:
+    SAC:  --horizon 0 --no-steve --real-ratio 1      MBPO: --horizon 0 --no-steve
+    STEVE on SAC:  --horizon 0 --real-ratio 1        MAAC: none of these
+
+Read dyna_td3.py first. Normaliser, layers, critic, model and buffer are its text; actor, losses, the fit of
+the model and its data are new.
+
+Differences. A mark says whom this file follows there: [paper] is the paper; [authors' code] is the branch
+vioichigo of github.com/iclavera/meta-mb, where the paper is silent or says something else; [ours] is neither.
+"Theirs" is that code. The paper has no table of settings: all defaults that no line below speaks of are those
+of the code.
+
+Of the actor's objective:
+- [authors' code] H is 4 (2 on Walker2d), five samples are taken, and a random member answers for each row at
+  each step. The entropy is that of π in s₀ alone; the paper writes β H(π) and does not say where.
+- [paper] Each sample is a whole trajectory from s₀, with the smaller critic at its end. Their last version
+  follows one trajectory, draws five actions in its last state, and takes the smaller of the two critics'
+  means.
+- [ours] The model's standard deviation is exp(logvar / 2), also where a gradient is taken. In theirs the
+  rollouts have it, but actor and targets use exp(logvar), which is the variance.
+- [ours] A reward is what the environment pays. Wang et al.'s robots (mbbl/) are paid for the state before the
+  step, and so they are here wherever they are imagined. In theirs the rewards that are differentiated, and
+  those in targets, are for the state after it on HalfCheetah and Ant, so that their actor looks one state
+  farther with the same H; on Walker2d the height is that after the step in all that is imagined.
+- [ours] Nothing is paid after the first terminal state of a trajectory. Theirs looks back one state only,
+  which makes no difference on their robots, as these never terminate.
+- [ours] Predictions are not clipped; theirs are, to [-100, 100]. A run whose numbers are not finite ends.
+
+Of the critic's target and the temperature:
+- [ours] A horizon has a target for each member and each target critic. Theirs has one for each member of a
+  random half, with the smaller critic, and at horizon 0 one value that is copied: it has no variance and
+  takes all the weight, so that STEVE is left out in effect. Our variances are pooled over the batch, as two
+  critics are few for one row.
+- [ours] A member answers all the steps of its trajectory. In theirs one trajectory is shared and each member
+  leaves it for the last step, so that members can differ in that step's state only (and in rewards that look
+  at it).
+- [ours] Entropy counts at every step of a target, as the soft value of SAC asks for. In theirs it counts in
+  the last state only, and the steps before it are paid without.
+- [ours] The temperature's loss is linear in α, as SAC's authors print it; theirs is linear in log α. The two
+  gradients differ by the factor α, which Adam divides out as long as α changes slowly.
+
+Of the data:
+- [ours] Every environment step is followed by G₂ updates, and every 250 by a fit, so that the order does not
+  depend on the length of an episode. Theirs acts for 1001 steps, fits once, and then makes four times 2000
+  updates, each time after new rollouts; the newest 1001 steps reach its replay buffer after these updates.
+- [ours] An update trains the critics, then the actor, then α. Algorithm 1 has the actor first, and theirs
+  trains all from the same old parameters.
+- [authors' code] A rollout is one step, from a state of D_env, and a batch has 5% of real rows (13 of 256;
+  theirs rounds down to 12). The newest two million imagined rows are kept.
+- [authors' code] On Hopper 15 and on Ant 25 times as many rollouts are made in the end (`--rollout-growth`;
+  their "rollout length" never was a length). [ours] The number grows between steps 20,000 and 100,000 of all.
+  Theirs grows between iterations 20 and 100, of 1001 steps each and after 5005 random ones, which is about
+  6000 steps later, and is rounded down.
+- [ours] Each row is as the environment gave it. In theirs the last of 1001 rows has s in the place of s'.
+
+Of the model:
+- [authors' code] Each member is judged on a fifth of the rows, a fifth of its own, and never trained on it:
+  this is the bootstrap. [ours] It is judged on at most 2000 of them, for speed.
+- [ours] A member is done after 5 epochs, and 100 gradient steps, in which its held-out loss fell by less than
+  0.01, and gets back the weights of its best epoch, however small their gain. With epochs alone a fit of few
+  rows ends almost untrained, and its noise ruins the critic. Theirs stops when a moving average of that loss
+  rises, and keeps the last weights. A fit has 2000 epochs at most; theirs 200.
+- [ours] Every fit begins with fresh Adam moments, since those of the last one belong to weights that were
+  given up. Theirs keeps them from fit to fit.
+- [ours] One normaliser of observations serves model, actor and critic and follows every step. In theirs each
+  member has its own, of the rows that it trains on, computed at each fit.
+- [ours] A dimension that varies by no more than the rounding of its own size is taken for constant and
+  predicted to stay as it is; theirs is divided by its standard deviation, however small.
+- [ours] The bounds of the log-variance, -10 and 0.5, are fixed; in theirs they are learned, starting there,
+  and their distance costs something in the loss.
+- [ours] Actor and critic are swish networks on normalised observations, as in the other scripts; theirs are
+  relu or tanh ones, by environment, on raw observations.
+
+Of planning (`python -m common.evaluate RUN --plan`, table 1):
+- [authors' code] The search looks 5 steps ahead with 256 candidates, repeats 5 times, takes the best tenth
+  for elites, and keeps a tenth of the old mean and variance.
+- [ours] The last action is the policy's, and the value of the last state is discounted by γᴴ, as in the
+  paper's objective. Theirs searches for the last action as well and discounts that value by γ once more.
+- [ours] The action is the tanh of the last mean; theirs is that mean itself, clipped. Our search is bounded
+  by the tanh alone; theirs also keeps candidates and deviations within [-1, 1] before it.
 
 python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -109 to -146 at 3000 steps; 4 minutes
+
+Try this:
+- Give `--horizon 0`: the actor no longer looks through the model. Five seeds reach -200 at steps 1750, 2500,
+  1750, 3000 and 2750, where MAAC does at 1000, 2000, 1000, 1750 and 2000, and end between -158 and -108.
+- Give `--num-samples 1`: with one trajectory from each state (the laptop preset has two) three seeds end
+  between -132 and -109 as before, and two at -154 and -190.
 """
 
 import math
@@ -59,7 +151,8 @@ class Args:
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10  # in each evaluation
+    eval_episodes: int = 10  # in each evaluation; 0: none
+    eval_max_steps: int = 10_000  # where an episode of an evaluation is cut
     # --- data ---
     learning_starts: int = 5000  # steps of uniform random actions before anything learns
     buffer_size: int = 1_000_000  # transitions kept
@@ -95,8 +188,8 @@ LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, roll
 LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
                     model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
                     horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)
-ROBOTS = dict(Walker2d=dict(horizon=2), Hopper=dict(rollout_growth=15.0), Ant=dict(rollout_growth=25.0))
-ROBOTS = {env_id: values for name, values in ROBOTS.items()
+OWN = dict(Walker2d=dict(horizon=2), Hopper=dict(rollout_growth=15.0), Ant=dict(rollout_growth=25.0))
+ROBOTS = {env_id: values for name, values in OWN.items()
           for env_id in (f"{name}-v4", f"{name}-v5", f"mbbl/{name}-v0")}
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}} | ROBOTS,
@@ -115,9 +208,8 @@ class Normaliser(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
+            self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
@@ -471,12 +563,12 @@ def load_policy(run_dir, plan=False):
         net.load_state_dict(state[name])
     if not plan:
         return as_policy(actor)
-    if not state["model_opt"]["state"]:
+    if not model.net[-1].bias.any():  # they begin at 0
         raise BadInput(f"--plan: {run_dir} has not trained a model; leave it out.")
     step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
     candidates = 256 // args.ensemble_size * args.ensemble_size
     search = partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates)
-    return lambda obs: search(torch.as_tensor(obs)).numpy()
+    return as_policy(search)
 
 
 def train(args: Args) -> float:

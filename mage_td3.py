@@ -1,20 +1,119 @@
 """MAGE-TD3 (D'Oro & Jaskowski 2020): a critic that is trained on the action-gradient of its TD error.
 
-The actor uses one quantity of its critic only, the action-gradient of Q. So MAGE asks the critic to get this
+The actor uses one thing of its critic only, the action-gradient ∇ₐQ, and by Proposition 3.1 the error of the
+policy gradient is at most a multiple of the mean error of ∇ₐQ. So MAGE asks the critic to get this gradient
 right: it imagines a step with a learned, differentiable model, takes the gradient of the TD error by the
-action, through reward, model, target actor and target critics, and minimises its norm beside the error.
-Read dyna_td3.py first; new are `with_action_gradient`, `mage_loss` (Eq. 5-8, 13, Algorithm 2) and `--lam`.
-MAGE-DDPG (B.1): --num-critics 1 --policy-delay 1 --target-noise 0
-Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic, p model, lambda lam; a bar is *_target.
-Shapes    B batch, ds observation, da action, N critics, K ensemble members.
+action, through reward, model, target actor and target critics, and minimises its length beside the TD error.
+Without the TD error Q loses its slope, and the actor with it (`--lam 0`, B.1).
 
-Differences, beyond those of dyna_td3.py:
-- The target's action-gradient holds no trained parameter: it is taken once and detached, Q's alone is
-  differentiated twice. Value and gradient are those of Eq. 8 (tests/naive.py writes it out).
-- Both terms are Huber losses, as in the authors' code, which weighs them 5 and 1: lam 0.2 up to scale. RAdam
-  does not see the scale, the clipping of gradients does.
+Equations, with the numbers of the paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1):
+    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s   trains member k (Eq. 9); Δ normalised      model_loss
+    ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, a = π(s)          is imagined, k at random (D.2)             sample
+    y = r + γ (1 - terminated) minᵢ Q̄ᵢ(ŝ, π̄(ŝ) + ε)  is the target (Algorithm 2)                td_target
+    δᵢ = y - Qᵢ(s, a)                                is the TD error of critic i (Algorithm 2)  mage_loss
+    ∇ₐδᵢ = ∇ₐy - ∇ₐQᵢ, at a = π(s)                   is its action-gradient (Eq. 13)            mage_loss
+    minimise ‖∇ₐδᵢ‖                                  is the aim (Eq. 5; imagined, Eq. 6)        --lam 0
+    minimise ‖∇ₐδᵢ‖ + λ |δᵢ|, mean over i            trains the critics (Eq. 8, for Eq. 7)      update
+    maximise minᵢ Qᵢ(s, π(s))                        trains the actor (Eq. 4, Algorithm 2)      actor_loss
+    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                moves the targets (Algorithm 2)            polyak
+
+Eq. 7 minimises ‖∇ₐδ‖ while |δ| ≤ λ, and Eq. 8 adds λ |δ| to it instead; the paper uses one letter for the
+bound and for the weight. Here it is the weight.
+
+In the paper, and in this file:
+    s, a, r, s' (ŝ imagined)  obs, action, reward, next_obs    d       --policy-delay
+    π_θ, Q_φ                  actor, critic                    σ, σ̄    --exploration-noise, --target-noise
+    π̄, Q̄ (a bar)              actor_target, critic_target      τ       --tau; the 0.995 of D.2 is 1 - τ
+    𝓑                         buffer                           δ, ∇ₐδ  delta, grad_delta
+    p_ω, r̂                    model, reward_model              λ       --lam
+
+Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
+of the members of the ensemble.
+
+Read dyna_td3.py first. Only these blocks differ: `with_action_gradient` and `mage_loss` stand where `td_loss`
+was, `update` calls them, and `--lam` is new. MAGE-DDPG (B.1) is `--num-critics 1 --policy-delay 1
+--target-noise 0`.
+
+Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
+it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
+says something else; [ours] is neither. "Theirs" is the published code.
+
+Of the loss:
+- [authors' code] Both terms of Eq. 8 are Huber losses, of ‖∇ₐδ‖ and of δ; D.2 says so of "the critic" without
+  saying of what. Near 0 a Huber loss is quadratic, so that the pull of either term fades with its error.
+- [paper] The weights are 1 and λ (Eq. 8); λ is 0.2 for figure 2, the default here, and 0.05 for all else
+  (D.2). The weights of their code are 5 and 1, which is λ = 0.2 and a loss five times ours. Clipping sees
+  that factor: their limit of 5 on an entry of the gradient is one of 1 on ours. RAdam divides it out, but not
+  in its first five steps, which are plain momentum, five times as long with their loss.
+- [authors' code] The reward is r(s, a, s'), so the path by r and s' back to the action counts too; Eq. 13 is
+  written for r(s, a) and has ∂r/∂a alone. Where ŝ is terminal nothing beyond the reward counts.
+- [ours] The target's gradient ∇ₐy holds no parameter that is trained, so it is taken once and detached, and
+  only ∇ₐQ is differentiated a second time, for all critics at once. Value and gradient of the loss are those
+  of Eq. 8, and the update, in which each member also imagines a share only, is 13.9 times as fast as Eq. 8
+  written as it reads (tests/naive.py).
+- [ours] MAGE-DDPG as above has no noise on the target's action, as DDPG has none. Their DDPG keeps the noise
+  of 0.2 (leave out `--target-noise 0` to have it), halves the loss of its one critic, which makes it 2.5
+  times ours, and gives that critic PyTorch's usual first weights.
+
+Of actor and critic:
+- [paper] Networks have swish units, a batch has 1024 rows, the optimiser is RAdam with a learning rate of
+  1e-4, the critic's loss is a Huber loss, and learning starts after 1000 steps (D.2). On the pendulum and the
+  cart-pole these are 512 rows, 100 steps, actors of 128 units and models of two layers of 128.
+- [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
+  and its target wait for every second one (Algorithm 2).
+- [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. Actor and critic
+  see normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], the
+  model's too, of which the paper says nothing.
+- [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
+  the action that is rewarded.
+- [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
+  more. Theirs has room for the whole run, which is the same up to a million steps; for the three million
+  steps of B.5 give --buffer-size 3000000.
+- [ours] The first update follows step 1001 (--learning-starts and one), the first that the actor takes
+  itself. Theirs follows step 1000, so that theirs is ten updates ahead.
+- [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
+  result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
+  beyond 1e5, notes it in its log, and goes on with the old model and buffer.
+
+Of the model:
+- [authors' code] The model's inputs and what it predicts, s' - s, are normalised, and a sigmoid keeps its
+  log-variance between -5 and -1. The paper says only that it predicts the difference (D.2).
+- [authors' code] The weight decay of 1e-4 (D.2) is decoupled. With the learning rate of 1e-4 it does nothing,
+  there and here: it multiplies a weight by 1 - 1e-8, which is 1 in float32. With the 1e-3 that the laptop
+  preset has for the pendulum and the cart-pole the factor is 1 - 1.2e-7, which does act, but takes 0.2% in
+  the 14,400 batches of its 3000 steps.
+- [ours] Each member imagines an equal share of the batch. As the rows are drawn independently, this is as
+  good as theirs, a random member for each row, and costs one K-th of it.
+- [ours] A fit is 120 batches, as D.2 has it, drawn with replacement, so that a step costs the same throughout
+  a run. Theirs runs whole epochs until it has 120 batches or more, and with many transitions one epoch is far
+  more: 390 batches with 100,000, and 11,718 with the three million of B.5.
+- [ours] Normalisers follow every step, as one of the observations serves all networks. Theirs do so for actor
+  and critic, while the model and the learned reward keep those of their last fit until the next one, 25 steps
+  later.
+- [ours] The last layer of the model, as all layers, begins with uniform Xavier weights. In theirs the last
+  layers of the model and of the learned reward have normal ones, of the same variance.
+- [ours] A dimension that varies by no more than the rounding of its own size is taken for constant and
+  predicted to stay as it is. Theirs gives a deviation below 1e-6 the scale 1, so that the model adds noise of
+  0.08 to 0.61, in whatever unit the dimension has, to something that never moves.
+
+Of the reward:
+- [ours] Rewards are those that the simulator pays. Theirs are computed from actions in [-1, 1] even where the
+  simulator gets larger ones (Pusher: a quarter of the true cost of an action), and on imagined batches they
+  mix rows: Swimmer's cost is summed over the batch, and Pendulum takes the torque of its first row for all.
+- [ours] The learned reward (B.2) sees s, a and s' normalised, learns from the first member's batches, and its
+  error counts in standard deviations of the reward, so that no unit of the reward is special to the
+  optimiser. Theirs sees the raw action and, by a slip, s normalised a second time in the place of s'; it has
+  epochs of its own, and its error counts in the unit of the reward.
 
 python mage_td3.py --env-id Pendulum-v1 --preset laptop  # -109 to -136 at 3000 steps, once -813; 5 minutes
+
+Try this:
+- Give `--lam 0`. Five seeds end between -1298 and -1129, little better than untrained, as the slope
+  collapses: with four of them ∇ₐQ is 3e-5 to 7e-5 long, where the truth is about 10 (`gradient_norm` and
+  `true_norm` in eval.csv). With `--lam 0.05` all five end between -133 and -110.
+- Give `--lam 0.05 --ensemble-size 1 --model-layers 1 --model-hidden 64`. One small network in the place of
+  the ensemble ends between -132 and -110 with all five seeds: on the pendulum the model is not what limits
+  MAGE.
 """
 
 from dataclasses import dataclass
@@ -51,7 +150,8 @@ class Args:
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10  # in each evaluation
+    eval_episodes: int = 10  # in each evaluation; 0: none
+    eval_max_steps: int = 10_000  # where an episode of an evaluation is cut
     # --- data ---
     learning_starts: int = 1000  # steps of uniform random actions before actor and critic learn
     buffer_size: int = 1_000_000  # transitions kept
@@ -103,9 +203,8 @@ class Normaliser(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
+            self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""

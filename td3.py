@@ -1,16 +1,63 @@
 """TD3 (Fujimoto et al. 2018), as the MAGE paper (D'Oro & Jaskowski 2020) uses it for a baseline.
 
-A critic learns by temporal differences what an action is worth, and an actor climbs its action-gradient. The
-smaller of two critics, noise on the target action and a delayed actor keep Q from growing too large.
-First rung of a ladder: td3.py, dyna_td3.py (a model makes the data), mage_td3.py (what the critic learns).
-Letters   s obs, a action, s' next_obs, r reward, pi actor, Q critic; a bar is *_target. Eq.: the MAGE paper.
-Shapes    B batch, ds observation, da action, N critics.
+A critic learns by temporal differences what an action is worth, and an actor climbs the critic's
+action-gradient. The smaller of two critics, noise on the target's action and a delayed actor keep Q from
+growing too large. This is the first rung of a ladder: in dyna_td3.py a learned model makes the data, and in
+mage_td3.py the critic learns the slope of its target as well.
 
-Not the TD3 you know, so that the rungs differ by one idea each: 384 swish units on normalised observations,
-RAdam 1e-4, batch 1024, 1000 warm-up steps, Huber loss (D.2), gradients clipped by value (code); the actor
-climbs min_i Q_i (Algorithm 2), not Q_1; critic targets move at every update, the actor's target is delayed.
+Equations, with the numbers of the MAGE paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]:
+    y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)  is the target (Algorithm 2)            td_target
+    minimise Huber(y - Qᵢ(s, a)), mean over i          trains the critics (Eq. 3)             td_loss
+    maximise minᵢ Qᵢ(s, π(s))                          trains the actor (Eq. 4, Algorithm 2)  actor_loss
+    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                  moves the targets (Algorithm 2)        polyak
+
+In the paper, and in this file:
+    s, a, r, s'   obs, action, reward, next_obs    d     --policy-delay
+    π_θ, Q_φ      actor, critic                    σ, σ̄  --exploration-noise, --target-noise
+    π̄, Q̄ (a bar)  actor_target, critic_target      τ     --tau; the 0.995 of D.2 is 1 - τ
+    𝓑             buffer
+
+Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics.
+
+Read this script first. The others repeat its text, and their headers name the few blocks in which they
+differ.
+
+Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
+it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
+says something else; [ours] is neither. "Theirs" is the published code.
+- [paper] Networks have swish units, a batch has 1024 rows, the optimiser is RAdam with a learning rate of
+  1e-4, the critic's loss is a Huber loss, and learning starts after 1000 steps (D.2), so that the rungs
+  differ by one idea each. On the pendulum and the cart-pole these are 512 rows, 100 steps and actors of 128
+  units.
+- [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
+  and its target wait for every second one (Algorithm 2).
+- [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. All networks see
+  normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], of which the
+  paper says nothing.
+- [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
+  the action that is rewarded.
+- [ours] The published code trains on imagined transitions alone and has no command for this baseline, so we
+  give it the settings that the code has for MAGE-TD3 and Dyna-TD3. One update for each step is the paper's
+  TD3, and ten are its sample-efficient TD3 (section 4.1).
+- [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
+  more. Theirs has room for the whole run, which is the same up to a million steps; give a longer run a larger
+  --buffer-size.
+- [ours] The first update follows step 1001 (--learning-starts and one), the first that the actor takes
+  itself. Theirs follows step 1000, one step earlier.
+- [ours] A dimension of the observation is taken for constant, and only shifted, if it varies by no more than
+  the rounding of its own size; in theirs, if its deviation is below 1e-6 in whatever unit it has.
+- [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
+  result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
+  beyond 1e5, notes it in its log, and goes on with the old model and buffer.
 
 python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10  # -110 to -132; 1.5 minutes
+
+Try this:
+- Leave out `--updates-per-step 10`. With one update for each step none of five seeds learns the pendulum
+  within 3000 steps: they end between -1110 and -280, and ten updates between -132 and -110.
+- Replace the pendulum by `--env-id Pusher-v4`. The best evaluation is -43.3, but the run ends at -199.3 after
+  10,000 steps (one seed, 16 minutes): Q rises above what can be earned, so the smaller of two critics is not
+  enough where each is updated ten times a step.
 """
 
 from dataclasses import dataclass
@@ -45,7 +92,8 @@ class Args:
     resume: bool = False  # go on in the run folder
     checkpoint_every: float = 600.0  # seconds
     eval_every: int = 1000  # environment steps
-    eval_episodes: int = 10  # in each evaluation
+    eval_episodes: int = 10  # in each evaluation; 0: none
+    eval_max_steps: int = 10_000  # where an episode of an evaluation is cut
     # --- data ---
     learning_starts: int = 1000  # steps of uniform random actions before actor and critic learn
     buffer_size: int = 1_000_000  # transitions kept
@@ -79,9 +127,8 @@ class Normaliser(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
+            self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""

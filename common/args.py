@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
@@ -12,12 +13,13 @@ import torch
 import tyro
 
 from common import BadInput, Fault
+from common.files import read_args, run_folder
 
 INF = math.inf
 LIMITS = {  # what a number must lie between, ends included; any other: finite and not negative
     "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1),
     "target_entropy": (-INF, INF), "rollout_growth": (1, INF),
-    **dict.fromkeys(("eval_every", "eval_episodes", "buffer_size", "batch_size", "actor_hidden",
+    **dict.fromkeys(("eval_every", "eval_max_steps", "buffer_size", "batch_size", "actor_hidden",
                      "critic_hidden", "num_critics", "policy_delay", "ensemble_size", "model_hidden",
                      "model_layers", "model_train_every", "reward_hidden", "reward_layers",
                      "num_samples", "rollouts", "rollout_length", "model_buffer_size"), (1, INF)),
@@ -25,16 +27,24 @@ LIMITS = {  # what a number must lie between, ends included; any other: finite a
 
 
 def parse_args(Args, presets, argv=None):
-    """Command line -> Args. The preset is read first and sets the defaults, so a flag that is given wins."""
+    """Command line -> Args. The preset is read first and sets the defaults, so a flag that is given wins.
+
+    With --resume the run's own settings are the defaults, if its folder has any: no flag need be repeated.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    prog = Path(inspect.getfile(Args)).name  # a sweep reads the command lines of several scripts
-    fields = [f for f in dataclasses.fields(Args) if f.name in ("env_id", "preset")]
+    script = Path(inspect.getfile(Args)).name  # a sweep reads the command lines of several scripts
+    early = ("env_id", "preset", "seed", "exp_name", "run_dir", "resume")
+    fields = [f for f in dataclasses.fields(Args) if f.name in early]
     First = dataclasses.make_dataclass("First", [(f.name, f.type, f.default) for f in fields])
     no_help = [word for word in argv if word not in ("-h", "--help")]
-    first, _ = tyro.cli(First, prog=prog, args=no_help, return_unknown_args=True)
+    first, _ = tyro.cli(First, prog=script, args=no_help, return_unknown_args=True)
     chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
     default = Args(env_id=first.env_id, preset=first.preset, **chosen)
-    return tyro.cli(Args, prog=prog, args=argv, default=default)
+    if first.resume:
+        saved = read_args(run_folder(first, script))
+        names = saved.keys() & dataclasses.asdict(default).keys() - {"run_dir", "resume"}
+        default = dataclasses.replace(default, **{name: saved[name] for name in names})
+    return tyro.cli(Args, prog=script, args=argv, default=default)
 
 
 def flag(name):
@@ -52,8 +62,9 @@ def check(args):
     if args.batch_size % getattr(args, "ensemble_size", 1):
         sizes = f"--batch-size {args.batch_size} is no multiple of --ensemble-size {args.ensemble_size}"
         raise BadInput(f"{sizes}: the members share the batch equally, change one of the two.")
-    if getattr(args, "real_ratio", 1) < 1 and not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
-        raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
+    if getattr(args, "real_ratio", 1) < 1:
+        if not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
+            raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
 
@@ -66,10 +77,35 @@ def prepare(args):
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+class Lenient:
+    """A stream that may be closed from outside (`| head`): text then goes nowhere, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *args):
+        try:
+            method(*args)
+            self.stream.flush()
+        except OSError:  # Python would try once more at its end, and say so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def main(train, Args, presets):
     """A script's command line. Exit code 0: done, 2: bad input, 1: a fault during the run."""
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
     try:
-        train(parse_args(Args, presets))
+        args = parse_args(Args, presets)
+        train(args)
     except (BadInput, Fault) as error:
         if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
             traceback.print_exception(error.__cause__)
@@ -78,5 +114,10 @@ def main(train, Args, presets):
     except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
         if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
             raise
-        print("error: too little memory: give a smaller --buffer-size or --batch-size.", file=sys.stderr)
+        fields = dataclasses.fields(Args)
+        sizes = {f.name: f.default for f in fields if type(f.default) is int and f.default > 1}
+        most = max(sizes, key=lambda name: getattr(args, name) / sizes[name])
+        most = most if getattr(args, most) > sizes[most] else "buffer_size"
+        fault = f"too little memory for {flag(most)} {getattr(args, most)}"
+        print(f"error: {fault}: give a smaller one.", file=sys.stderr)
         sys.exit(2)

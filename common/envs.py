@@ -1,8 +1,7 @@
 """Environments whose reward and termination are exact functions of (obs, action, next_obs).
 
 `make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `Resumable` lets a training
-run stop and go on in mid-episode. The rest are environments that Gymnasium does not give us: a cart-pole with
-a continuous force, a double integrator; the tasks of wang2019.py and Pusher-v4 (pusher.py) are registered.
+run stop and go on in mid-episode. The environments of common/tasks.py are registered at the end.
 """
 
 import json
@@ -14,14 +13,12 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.spaces import Box
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 
 from common import BadInput, Fault, one_line, say
 from common.rewards import REWARDS, TERMINATIONS
 
-MUJOCO_VERSION = tuple(int(part) for part in mujoco.__version__.split(".")[:2])
 RUNNERS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer", "Ant", "Humanoid")  # v4 and v5
 
 
@@ -66,7 +63,7 @@ def _make(env_id, render_mode):
         return gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever goes wrong while it is built, the user can only choose another
         reason = " ".join(str(error).split()).rstrip(".")
-        fix = f"make gymnasium.make({env_id!r}) work; if it can exist only once, --eval-episodes 0 trains without"
+        fix = "see to it that it can be made, or, if it cannot be made twice, give --eval-episodes 0"
         if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
             fix = "install what it needs"
         elif isinstance(error, gym.error.Error):  # it is not registered, or not under this version
@@ -219,7 +216,7 @@ class Resumable(gym.Wrapper):
         return obs, *rest
 
     def state_dict(self):
-        """Plain data (dict, list, str, int, float) and a tensor, which torch.load(weights_only=True) reads."""
+        """Plain data and a tensor, which torch.load(weights_only=True) reads."""
         actions = torch.from_numpy(np.array(self._actions, np.float32))  # (steps, da)
         return {"rng": self._rng, "reset_args": self._reset_args, "actions": actions, "length": self._length,
                 "obs": None if self.obs is None else self.obs.tolist(), "seed": self._seed,
@@ -242,8 +239,8 @@ class Resumable(gym.Wrapper):
         except Fault as error:
             repeated, reason = False, str(error)
         if not repeated:
-            say(f"--resume: the episode of {self.spec.id} is given up after {state['length']} steps ({reason}); "
-                "a new one begins")  # fmt: skip
+            say(f"--resume: the unfinished episode of {self.spec.id} is given up after {state['length']} "
+                f"steps ({reason}), and a new one begins")  # fmt: skip
             self._resets = state["resets"]
             seed = None if self._seed is None else [self._seed, self._resets]
             self.reset(seed=seed and int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1))
@@ -269,53 +266,12 @@ def _set_random_state(env, state):
         rng.set_state(state)
 
 
-# --- environments of our own ---
-class ContinuousCartPole(CartPoleEnv):
-    """Gymnasium's cart-pole (its constants, Euler steps and limits) with a force of 10 N times the action.
-
-    Observation: x in m, its velocity, the pole's angle in rad, its velocity. The reward is 1 at every step.
-    """
-
-    def __init__(self, render_mode=None):
-        super().__init__(render_mode=render_mode)
-        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-
-    def step(self, action):
-        self.force_mag = 10.0 * float(action[0])  # and "to the right", which to Gymnasium's cart-pole is 1
-        obs, _, terminated, truncated, info = super().step(np.ones(1, np.float32))
-        return obs, 1.0, terminated, truncated, info
-
-
-class DoubleIntegrator(gym.Env):
-    """A point mass on a line, for exact answers: linear dynamics and quadratic cost (MAAC, section 5.2).
-
-    Observation: position in m, velocity in m/s, each uniform in [-1, 1] at the start. The action is the
-    acceleration in m/s^2 over DT = 0.05 s. Before the step it pays -(position^2 + velocity^2 + action^2) / 2.
-    """
-
-    DT = 0.05
-
-    def __init__(self):
-        self.observation_space = Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.state = self.np_random.uniform(-1, 1, 2)
-        return self.state.copy(), {}
-
-    def step(self, action):
-        a = float(action[0])
-        reward = -0.5 * (np.square(self.state).sum() + a**2)
-        self.state = self.state + self.DT * np.array([self.state[1], a])
-        return self.state.copy(), reward, False, False, {}
-
-
+# --- environments of our own: common/tasks.py ---
 # Entry points are strings, which worker processes can import.
-gym.register("ContinuousCartPole-v1", "common.envs:ContinuousCartPole", max_episode_steps=500)
-gym.register("DoubleIntegrator-v1", "common.envs:DoubleIntegrator", max_episode_steps=200)
+gym.register("ContinuousCartPole-v1", "common.tasks:ContinuousCartPole", max_episode_steps=500)
+gym.register("DoubleIntegrator-v1", "common.tasks:DoubleIntegrator", max_episode_steps=200)
 for _robot in ("HalfCheetah", "Ant", "Hopper", "Walker2d"):
-    gym.register(f"mbbl/{_robot}-v0", f"common.wang2019:Wang{_robot}", max_episode_steps=1000)
-if MUJOCO_VERSION >= (3, 0):
+    gym.register(f"mbbl/{_robot}-v0", f"common.tasks:Wang{_robot}", max_episode_steps=1000)
+if int(mujoco.__version__.split(".")[0]) >= 3:
     gym.registry.pop("Pusher-v4", None)  # registering over it would warn
-    gym.register("Pusher-v4", "common.pusher:PusherV4", max_episode_steps=100)
+    gym.register("Pusher-v4", "common.tasks:PusherV4", max_episode_steps=100)

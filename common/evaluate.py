@@ -4,20 +4,22 @@
 """
 
 import importlib.util
+import inspect
 import json
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import gymnasium as gym
 import imageio
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 from common import BadInput, Fault, one_line
 from common.envs import call, make_env
-from common.files import NEWEST, fitting, newest, read_checkpoint
+from common.files import BEST, POLICY, fitting, read_checkpoint
 
 MAX_STEPS = 10_000  # an episode without end is cut here
 
@@ -31,18 +33,22 @@ class Evaluation:
 
 
 def load_state(run_dir):
-    """The checkpoint of a run: {name: state_dict}."""
-    path = newest(run_dir)
-    if path is None:
-        missing = f"{Path(run_dir, NEWEST)} does not exist"
-        raise BadInput(f"{missing}: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
+    """The networks of a run, {name: state_dict}: of its last checkpoint, or those in the file `run_dir`."""
+    path = Path(run_dir).expanduser()
+    path = path if path.is_file() else path / POLICY
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
     return read_checkpoint(path)
 
 
 def load_run(run_dir, Args):
-    """Arguments and checkpoint of a run: (Args, {name: state_dict}). BadInput if another script made it."""
+    """Arguments and networks of a run: (Args, {name: state_dict}). BadInput if another script made it.
+
+    A flag that the script has got since then takes its default.
+    """
     state = load_state(run_dir)
-    others = sorted(set(state["args"]) ^ {f.name for f in fields(Args)})  # no two scripts have the same
+    ours, script = {f.name for f in fields(Args)}, Path(inspect.getfile(Args)).name
+    others = sorted(set(state["args"]) - ours if state["script"] == script else set(state["args"]) ^ ours)
     if others:
         differ = f"their Args differ in {', '.join(others)}"
         fix = "use the one that args.json names, as it was then"
@@ -50,13 +56,13 @@ def load_run(run_dir, Args):
     return Args(**state["args"]), state
 
 
-def as_policy(actor):
-    """An actor module as a policy: float32 arrays (n, ds) -> (n, da)."""
-    device = next(actor.parameters()).device
-
+def as_policy(function, device="cpu"):
+    """A function of tensors, such as an actor, as a policy: arrays (n, ds) -> (n, da), or (ds,) -> (da,)."""
     @torch.no_grad()
     def policy(obs):
-        return actor(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        action = function(obs) if obs.ndim > 1 else function(obs[None])[0]
+        return action.cpu().numpy()
 
     return policy
 
@@ -68,49 +74,44 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
     first n episodes to end would be the short ones. An endless episode is cut after max_steps.
     Raises Fault for an action that is not finite, which MuJoCo would take for no action, and pay.
     """
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * episodes)
+    returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
+    envs = []
     try:
-        obs, _ = call(env_id, envs.reset, seed=[seed + i for i in range(episodes)])
+        for _ in range(episodes):
+            envs.append(make_env(env_id))
+        obs = np.stack([call(env_id, env.reset, seed=seed + i)[0] for i, env in enumerate(envs)])  # (n, ds)
         starts = obs.copy()
-        returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
         while alive.any() and lengths.max() < max_steps:
-            action = policy(obs)
+            action = policy(obs)  # (n, da), of the finished copies too: sums round as their number has it
             if not np.isfinite(action).all():
                 raise Fault("an action of the evaluated policy is not finite")
-            obs, reward, terminated, truncated, _ = call(env_id, envs.step, action)
-            if not np.isfinite(reward[alive]).all():
-                raise Fault("a reward of the evaluation is not finite")
-            returns[alive] += reward[alive]
-            lengths[alive] += 1
-            alive &= ~(terminated | truncated)  # a finished copy starts again, uncounted
+            for i in np.flatnonzero(alive):
+                obs[i], reward, terminated, truncated, _ = call(env_id, envs[i].step, action[i])
+                if not np.isfinite(reward):
+                    raise Fault("a reward of the evaluation is not finite")
+                returns[i] += reward
+                lengths[i] += 1
+                alive[i] = not (terminated or truncated)
     finally:
-        envs.close()
+        for env in envs:
+            env.close()
     return Evaluation(returns, lengths, bool(alive.any()), starts)
 
 
-def film(policy, env_id, path, seed=0):
+def film(policy, env_id, path, seed=0, max_steps=MAX_STEPS):
     """Draws one episode into a GIF file, at most 25 frames a second -> return, length."""
-    try:
-        env = make_env(env_id, render_mode="rgb_array")
-        rate = env.metadata.get("render_fps", 25)
-        obs, _ = env.reset(seed=seed)
-        frames, total, done = [env.render()], 0.0, False
-        if frames[0] is None:
-            raise ValueError("it draws nothing")
-    except Exception as error:  # each library that draws fails in its own way
-        cause = error.__cause__ or error  # make_env's own words are about --env-id
-        reason, fix = one_line(cause), "leave --video out"  # it takes no render_mode, or draws nothing
-        if not isinstance(cause, (TypeError, ValueError)):
-            fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
-        raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
-    steps, every = 0, int(np.ceil(rate / 25))
-    while not done and steps < MAX_STEPS:
-        obs, reward, terminated, truncated, _ = env.step(policy(obs[None])[0])
-        steps, total, done = steps + 1, total + float(reward), terminated or truncated
-        if steps % every == 0:
-            frames.append(env.render())
+    env, obs, frame = _begin_to_draw(env_id, seed)
+    rate = env.metadata.get("render_fps") or 25  # frames a second
+    frames, total, steps, done, every = [frame], 0.0, 0, False, int(np.ceil(rate / 25))
+    length = min(env.spec.max_episode_steps or max_steps, max_steps)
+    with tqdm(total=length, unit="step", desc="drawing", leave=False) as bar:
+        while not done and steps < max_steps:
+            obs, reward, terminated, truncated, _ = call(env_id, env.step, policy(obs))
+            steps, total, done = steps + 1, total + float(reward), terminated or truncated
+            bar.update()
+            if steps % every == 0:
+                frames.append(_small(env.render()))
     env.close()
-    frames = [frame[::2, ::2] for frame in frames]
     try:
         imageio.mimsave(path, frames, duration=1000 * every / rate, loop=0)  # milliseconds; for ever
     except (OSError, ValueError) as error:
@@ -118,10 +119,38 @@ def film(policy, env_id, path, seed=0):
     return total, steps
 
 
+def _small(frame):
+    return frame[::2, ::2].copy()  # a view would keep the whole frame
+
+
+def _begin_to_draw(env_id, seed):
+    """An environment that draws, its first observation and picture; BadInput if it cannot draw here."""
+    by_default = "MUJOCO_GL" not in os.environ
+    try:
+        env = make_env(env_id, render_mode="rgb_array")
+        obs, _ = env.reset(seed=seed)
+        frame = env.render()
+        if frame is None:
+            raise ValueError("it draws nothing")
+        return env, obs, _small(frame)
+    except Exception as error:  # each library that draws fails in its own way
+        cause = error.__cause__ or error  # make_env's own words are about --env-id
+        if by_default and sys.platform == "linux" and not isinstance(cause, (TypeError, ValueError)):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # DISPLAY may name a screen that is gone
+            os.environ["SDL_VIDEODRIVER"] = "dummy"
+            if os.environ.pop("DISPLAY", None) is not None:
+                return _begin_to_draw(env_id, seed)
+        reason, fix = one_line(cause), "leave --video out"  # it takes no render_mode, or draws nothing
+        if not isinstance(cause, (TypeError, ValueError)):
+            fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
+        raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
+
+
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[str]  # a run's folder
     episodes: int = 10  # from starts that the run's own evaluations did not use
+    best: bool = False  # the policy of the run's best evaluation, not its last one
     video: Path | None = None  # a GIF file for the first of them
     plan: bool = False  # search with the model too, where the algorithm can
 
@@ -150,14 +179,16 @@ def main(args):
     """Prints the mean return of a run's policy and the 95% confidence interval of the mean."""
     if args.episodes < 2:
         raise BadInput(f"--episodes {args.episodes}: give at least 2, for a confidence interval.")
+    args.video = args.video and args.video.expanduser()
     if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()
                            and not args.video.is_dir()):
         raise BadInput(f"--video {args.video}: give the name of a GIF file in a folder that exists.")
-    script, env_id = load_script(args.run_dir)
+    run_dir = Path(args.run_dir).expanduser()
+    script, env_id = load_script(run_dir)
     torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     torch.manual_seed(0)  # a planner draws
-    with fitting(args.run_dir):
-        policy = script.load_policy(args.run_dir, plan=args.plan)
+    with fitting(run_dir):
+        policy = script.load_policy(run_dir / BEST if args.best else run_dir, plan=args.plan)
     if args.video:
         total, steps = film(policy, env_id, args.video, seed=10**6)
         print(f"{args.video}: an episode of {steps} steps, return {total:.2f}")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import platform
 import subprocess
@@ -18,11 +19,22 @@ import torch
 from common import BadInput, Fault, one_line
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+POLICY, BEST = "policy.pt", "best.pt"  # networks alone: of the last checkpoint, of the best evaluation
 
 
 def run_folder(args, script):
     name = args.exp_name or Path(script).stem
-    return Path(args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}"))
+    folder = args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}")
+    return Path(folder).expanduser()
+
+
+def read_args(folder):
+    """The settings of the run in a folder, {} if there is none or its args.json is damaged."""
+    try:
+        told = json.loads(Path(folder, "args.json").read_bytes())["args"]
+        return told if isinstance(told, dict) else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def claim(folder, resume):
@@ -68,7 +80,7 @@ def write_whole(path, write, keep=None):
 
 def figure_path(output):
     """Where a figure is to be written; BadInput, before any work, if it cannot be there."""
-    path = Path(output)
+    path = Path(output).expanduser()
     if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir() or path.is_dir():
         raise BadInput(f"--output {output}: name a .png, .pdf or .svg file in a folder that exists.")
     return path
@@ -101,9 +113,11 @@ def read_checkpoint(path):
         return state
     except Exception:  # every kind of damage has another type
         before = path.with_name(PREVIOUS)
-        older = path != before and before.exists()
+        older = path.name == NEWEST and before.exists()
         way = f"rename {PREVIOUS} to {NEWEST} to go on from the one before, or " if older else ""
         fix = f"{way}start anew with another --run-dir"
+        if path.name in (POLICY, BEST):
+            fix = "a run that goes on with --resume writes it anew"
         raise BadInput(f"{path} is damaged or no checkpoint of these scripts: {fix}.") from None
 
 

@@ -2,7 +2,8 @@
 
 The folder holds args.json (arguments, versions, device), eval.csv (a line per evaluation), train.csv (means
 of what was recorded since the line before), TensorBoard events, checkpoint.pt (everything that the run is)
-and checkpoint.previous.pt, the one before. The process that has the folder open holds a lock on `lock`.
+and checkpoint.previous.pt, the one before. policy.pt and best.pt are small: the networks of the last
+checkpoint and of the best evaluation. The process that has the folder open holds a lock on `lock`.
 """
 
 import dataclasses
@@ -21,14 +22,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import BadInput, Fault, files
+from common import BadInput, Fault, files, say
 from common.args import flag
 from common.evaluate import as_policy, evaluate
 from common.oracle import usefulness
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
-MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device")  # on resume
-SAVED = ("step", "last_return", "sums", "counts", "tables", "starts")  # of a Run, in its checkpoint
+MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device", "threads",
+              "accelerate", "eval_every", "eval_episodes", "eval_max_steps")  # on resume  # fmt: skip
+# What of a Run is in its checkpoint, beside the state that it was given.
+SAVED = ("step", "last_return", "best_return", "sums", "counts", "tables", "starts")
 
 
 class Run:
@@ -37,12 +40,15 @@ class Run:
     def __init__(self, args, script, state, device):
         self.args, self.script, self.state, self.device = args, Path(script).name, state, device
         self.folder = files.run_folder(args, script)
-        self.step, self.saved_step, self.seconds, self.last_return, self.stop = 0, 0, 0.0, math.nan, None
+        self.step, self.saved_step, self.seconds, self.stop = 0, 0, 0.0, None
+        self.last_return, self.best_return = math.nan, -math.inf
         self.tables = {"eval": [], "train": []}  # the rows of the CSV files
         self.starts = []  # one entry for each time the run was started: step, versions, revision
         self.pending, self.sums, self.counts = {}, {}, {}  # records: on the device; for train.csv's next line
         nets = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
-        self.weights = {f"{name}.{n}": p for name, net in nets.items() for n, p in net.named_parameters()}
+        self.nets = {name: net for name, net in nets.items() if list(net.parameters())}
+        named = [(name, *pair) for name, net in self.nets.items() for pair in net.named_parameters()]
+        self.weights = {f"{name}.{part}": weight for name, part, weight in named}
 
     def __enter__(self):
         self.closing = ExitStack()
@@ -59,12 +65,11 @@ class Run:
         if self.args.resume and files.newest(self.folder):
             self.load()
         elif self.args.resume:
-            tqdm.write(f"--resume: {self.folder} has no checkpoint, the run starts at 0", file=sys.stderr)
+            say(f"--resume: {self.folder} has no checkpoint, the run starts at 0")
         if rest := self.args.total_timesteps % self.args.eval_every:
-            tqdm.write(f"--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv "
-                       f"will be about the last {rest} steps", file=sys.stderr)  # fmt: skip
+            say("--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv will be "
+                f"about the last {rest} steps")  # fmt: skip
         self.starts.append({"step": self.step, **files.provenance()})
-        self.write_args()
         for name, rows in self.tables.items():  # what came after the checkpoint comes again
             if rows:
                 files.write_table(self.folder / f"{name}.csv", rows)
@@ -80,8 +85,11 @@ class Run:
         total = self.args.total_timesteps
         self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
         at_the_end(self.bar.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
+        if threading.current_thread() is threading.main_thread():  # no other one may handle signals
+            hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
+            for number in (signal.SIGINT, signal.SIGTERM, *hup):
+                at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
+        self.write_args()  # the last thing: a start that fails leaves no run behind
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
 
@@ -91,7 +99,8 @@ class Run:
         except OSError as late:  # TensorBoard's thread may find only now that the disk is full
             error = error or late
         if isinstance(error, OSError):
-            raise self.located(Fault(f"{self.folder} cannot be written ({error.strerror})")) from None
+            what = f"{error.filename or self.folder} cannot be written or read"
+            raise self.located(Fault(f"{what} ({error.strerror or error})")) from error
         if isinstance(error, Fault):
             self.located(error)
 
@@ -131,7 +140,7 @@ class Run:
             if self.stop or time.monotonic() - self.saved > self.args.checkpoint_every:
                 self.save()
                 if self.stop:  # a signal that comes after the line above waits for the next step
-                    tqdm.write(f"saved at step {step}, --resume goes on from there", file=sys.stderr)
+                    say(f"saved at step {step}, --resume goes on from there")
                     sys.exit(128 + self.stop)
         self.save()
 
@@ -180,7 +189,10 @@ class Run:
     def evaluate(self, actor, critic=None):
         """A line of eval.csv. Training's random numbers are not touched."""
         args = self.args
-        result = evaluate(as_policy(actor), args.env_id, args.eval_episodes, seed=EVAL_SEED + args.seed)
+        if args.eval_episodes == 0:
+            return
+        how = dict(seed=EVAL_SEED + args.seed, max_steps=args.eval_max_steps)
+        result = evaluate(as_policy(actor, self.device), args.env_id, args.eval_episodes, **how)
         self.last_return, spread = float(result.returns.mean()), float(result.returns.std())
         row = dict(step=self.step, return_mean=f"{self.last_return:.4f}", return_std=f"{spread:.4f}",
                    length_mean=float(result.lengths.mean()), seconds=f"{self.elapsed():.1f}")  # fmt: skip
@@ -190,21 +202,32 @@ class Run:
             self.writer.add_scalar(f"eval/{name}", float(value), self.step)
         self.bar.set_postfix_str(f"return {self.last_return:.1f}")
         mean = f"{self.last_return:9.2f} +- {spread:<8.2f}"
-        cut = "   (episodes without end were cut)" if result.cut else ""
+        cut = "   (cut at --eval-max-steps)" if result.cut else ""
         tqdm.write(f"step {self.step:>7}   return {mean}   {row['seconds']} s{cut}")
 
+        if self.last_return > self.best_return:
+            self.best_return = self.last_return
+            self.write_networks(files.BEST)
+
     # --- checkpoint ---
+    def write_networks(self, name):
+        """What a policy needs, in a small file: the arguments and the networks."""
+        small = {part: net.state_dict() for part, net in self.nets.items()}
+        small |= dict(args=dataclasses.asdict(self.args), script=self.script, step=self.step)
+        files.write_whole(self.folder / name, lambda file: torch.save(small, file))
+
     def save(self):
         """Everything that the run is, as tensors, numbers and strings in one file; Fault if it went wrong."""
         self.fetch(torch.zeros(0, device=self.device))
         whole = {name: part.state_dict() for name, part in self.state.items()}
         whole |= {name: getattr(self, name) for name in SAVED}
-        whole |= dict(args=dataclasses.asdict(self.args), device=self.device.type, seconds=self.elapsed(),
-                      rng=torch.get_rng_state())  # fmt: skip
+        whole |= dict(args=dataclasses.asdict(self.args), script=self.script, device=self.device.type,
+                      seconds=self.elapsed(), rng=torch.get_rng_state())  # fmt: skip
         if self.device.type == "cuda":
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         path = self.folder / files.NEWEST
         files.write_whole(path, lambda file: torch.save(whole, file), keep=files.PREVIOUS)
+        self.write_networks(files.POLICY)
         self.saved, self.saved_step = time.monotonic(), self.step
         self.write_args()
 
@@ -218,6 +241,8 @@ class Run:
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
+        # A flag that the script has got since then was at its default, as it were.
+        old = {f.name: f.default for f in dataclasses.fields(self.args)} | old
         names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
         if names:
             changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
@@ -227,13 +252,10 @@ class Run:
         names = [name for name in now if now[name] != then.get(name)]
         changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
         if changed:
-            tqdm.write(f"--resume: {changed}; from here on the numbers may be others.", file=sys.stderr)
-        try:
-            with files.fitting(path):
-                for name, part in self.state.items():
-                    part.load_state_dict(whole[name])
-        except Fault as error:  # the environment's
-            raise BadInput(f"--resume: {error} ({changed or 'with the same versions'}).") from None
+            say(f"--resume: {changed}; from here on the numbers may be others.")
+        with files.fitting(path):
+            for name, part in self.state.items():
+                part.load_state_dict(whole[name])
         for name in ("seconds", *SAVED):
             setattr(self, name, whole[name])
         self.saved_step = self.step

@@ -11,12 +11,13 @@ import torch
 
 import mage_td3
 from common.envs import make_env
-from common.evaluate import as_policy, load_state
+from common.evaluate import as_policy
+from common.files import newest, read_checkpoint
 from common.run import EVAL_SEED
 
 
 def load(run_dir):
-    state = load_state(run_dir)
+    state = read_checkpoint(newest(run_dir))
     args = mage_td3.Args(**state["args"])  # the other scripts have fewer
     norm, da = mage_td3.Normaliser(23), 7
     actor = mage_td3.Actor(norm, da, args.actor_hidden)

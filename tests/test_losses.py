@@ -246,7 +246,7 @@ def test_a_state_may_have_small_steps_in_its_unit(unit, origin):
     torch.manual_seed(0)
     model = dyna_td3.Dynamics(td3.Normaliser(2), 1, 32, 2, K)
     spread = max(unit, 1e-3 * (unit > 1e-6))  # of the states
-    obs, action = (origin * spread + spread * torch.randn(500, 2)).double(), torch.rand(500, 1).double() * 2 - 1
+    obs, action = spread * (origin + torch.randn(500, 2).double()), torch.rand(500, 1).double() * 2 - 1
     change = unit * torch.cat([action, action**2], 1)
     next_obs = (obs + change).float()
     obs, action = obs.float(), action.float()

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
 
-from common.envs import MUJOCO_VERSION, make_env
-from common.pusher import PusherV4
+from common.envs import make_env
+from common.tasks import MUJOCO_VERSION, PusherV4
 
 with np.load(Path(__file__).parent / "data" / "pusher_v4.npz") as file:
     TRACE = dict(file)

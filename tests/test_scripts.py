@@ -6,9 +6,11 @@
 import ast
 import difflib
 import importlib
+import io
 import re
 import shutil
 import sys
+import tokenize
 from functools import cache
 
 import pytest
@@ -17,7 +19,7 @@ from common.args import LIMITS
 from tests.conftest import DYNA, LADDER, ROOT, SCRIPTS, TD3, fields, script
 
 REPAIR = "python -m tests.test_scripts --fix"
-BUDGETS = {"td3": 300, "dyna_td3": 400, "mage_td3": 430, "maac_sac": 560}  # lines
+BUDGETS = {"td3": 210, "dyna_td3": 285, "mage_td3": 300, "maac_sac": 400}  # lines of code
 REASONS = {  # why a script has a text of its own: what the others share still agrees
     "td3": {
         "SMALL LAPTOP LAPTOP_SMALL": "there is no model to set",
@@ -142,34 +144,41 @@ def test_an_exception_is_needed(name, part):
     assert others and text(PATHS[name], part) not in [text(path, part) for path in others]
 
 
-def test_mage_is_at_most_45_lines_away_from_dyna():
-    bodies = []
-    for path in (PATHS["dyna_td3"], PATHS["mage_td3"]):
-        header = ast.parse(path.read_text()).body[0]
-        assert isinstance(header, ast.Expr), f"{path.name} has no header"
-        bodies.append(path.read_text().splitlines()[header.end_lineno :])
-    changed = [line for line in list(difflib.unified_diff(*bodies, n=0))[2:] if line[0] in "+-"]
-    assert 0 < len(changed) <= 45, "\n".join(changed)
+def test_mage_is_at_most_40_lines_of_code_away_from_dyna():
+    bodies = code(PATHS["dyna_td3"]), code(PATHS["mage_td3"])
+    changed = [line for line in difflib.ndiff(*bodies) if line[0] in "+-"]
+    assert 0 < len(changed) <= 40, "\n".join(changed)
 
 
 # --- size and structure -------------------------------------------------------------------------------------
 TOOLS = ("benchmark.py", "plot.py", "gradient_error.py", "horizon_error.py")  # no script needs them
 
 
-def size(path):
-    return len(path.read_text().splitlines())
+def code(path):
+    """The lines of code of a file: explanation, that is comments, docstrings and blank lines, is free."""
+    source, documented, lines = path.read_text(), set(), {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        free = token.type == tokenize.COMMENT or not token.string.strip()
+        for number in range(token.start[0], token.end[0] + 1) if not free else ():
+            if number not in documented:
+                lines.setdefault(number, []).append(token.string)
+    return [" ".join(lines[number]) for number in sorted(lines)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_keeps_to_its_budget_of_lines(name):
-    assert size(PATHS[name]) <= BUDGETS[name]
+def test_a_script_keeps_to_its_budget_of_code(name):
+    assert len(code(PATHS[name])) <= BUDGETS[name]
 
 
 def test_common_keeps_to_its_budget_of_lines():
-    sizes = {path.name: size(path) for path in COMMON}
-    assert not {name: lines for name, lines in sizes.items() if lines > 250}
+    """What the scripts need of it is to stay smaller than they are."""
+    sizes = {path.name: len(code(path)) for path in COMMON}
+    assert not {name: lines for name, lines in sizes.items() if lines > 220}
     needed = {name: lines for name, lines in sizes.items() if name not in TOOLS}
-    assert sum(needed.values()) <= 1500, needed
+    assert sum(needed.values()) < sum(len(code(path)) for path in PATHS.values()), needed
 
 
 @pytest.mark.parametrize("path", [*PATHS.values(), *COMMON], ids=lambda path: path.stem)

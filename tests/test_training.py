@@ -543,7 +543,7 @@ def test_it_learns_to_swing_up_a_pendulum(name, tmp_path):
 @pytest.mark.parametrize("k", [1e-3, 1.0, 1e3, 1e5])
 @pytest.mark.parametrize("name", ["dyna_td3", "mage_td3"])
 def test_learned_reward_is_as_good_in_any_unit(name, k, tmp_path, monkeypatch, register):
-    """The loss of train.csv is one in normalised units, and what the model says has the unit of the reward."""
+    """The loss is one in normalised units, and what the model says has the unit of the reward."""
 
     class Scaled(PendulumEnv):
         def step(self, action):
@@ -552,8 +552,9 @@ def test_learned_reward_is_as_good_in_any_unit(name, k, tmp_path, monkeypatch, r
 
     env_id = register(lambda **kwargs: TimeLimit(Scaled(**kwargs), 20), known=False)
     monkeypatch.setitem(TERMINATIONS, env_id, TERMINATIONS["Pendulum-v1"])
-    settings = dict(total_timesteps=200, learning_starts=200, eval_every=100, model_batches=100, model_lr=3e-3)
-    run = train(name, tmp_path / "run", env_id=env_id, learned_reward=True, reward_hidden=32, **settings)
+    settings = dict(total_timesteps=200, learning_starts=200, eval_every=100, model_batches=100)
+    settings |= dict(model_lr=3e-3, learned_reward=True, reward_hidden=32)
+    run = train(name, tmp_path / "run", env_id=env_id, **settings)
     losses = [float(row["reward_loss"]) for row in csv.DictReader((run / "train.csv").open())]
     assert losses[1] < 0.5 * losses[0] < 0.05
     state = checkpoint(run)
