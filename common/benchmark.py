@@ -5,8 +5,14 @@
 What stands after `--` goes to every script. Runs that are finished are skipped, interrupted ones go on: the
 same command may be given again at any time. The output of a run is in its folder's name with .log at the end.
 SIGINT (Ctrl-C) and SIGTERM let the runs save and end; the second one ends them at once.
+As many runs go at a time as this process may use cores, less with more --threads, and on a GPU at most four.
+A run starts in the folder that you are in and finds the modules there, as `--env-ids mine:Point-v0` needs.
+
 With --ray the runs go to a Ray cluster (`pip install ray`; "local" starts one here), where they write into a
-folder of their own, and their CSV files and args.json come back here.
+folder of their own, and their CSV files and args.json come back here. A machine of the cluster sees what lies
+beside common/ here (but for .git, runs and tests) and what is installed there, and nothing else. A run asks
+for as many cores as it has threads, and for a quarter of a GPU with --device cuda; with --device auto, if the
+cluster has a GPU when the sweep starts.
 """
 
 import importlib
@@ -21,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
-from common import BadInput
+from common import BadInput, say
 from common.args import check, flag, parse_args
 from common.envs import make_env
 from common.files import newest, run_folder
@@ -35,6 +42,10 @@ from common.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # in a container: microseconds it may use, and of how many
+# Small networks leave a GPU idle much of the time, so a few runs share it well; but they take turns on it and
+# each keeps some hundred MB there for CUDA alone, so many would only wait. Four is a guess, not measured.
+RUNS_PER_GPU = 4
 OURS = ("--env-id", "--seed", "--run-dir", "--resume", "--no-resume")  # a sweep sets them for each run
 
 
@@ -43,8 +54,8 @@ class Args:
     scripts: list[str]  # td3, dyna_td3, mage_td3, maac_sac or your own beside them
     env_ids: list[str]  # environments
     seeds: int = 5  # seeds 0 ... N - 1
-    workers: int | None = None  # runs at a time on this machine (default: its cores), one thread each
-    ray: str | None = None  # address of a Ray cluster, or "local"; the runs at a time are then its cores
+    workers: int | None = None  # runs at a time here (default: the cores we may use / --threads, 4 on a GPU)
+    ray: str | None = None  # address of a Ray cluster, or "local"; it decides how many runs go at a time
 
 
 @dataclass
@@ -72,14 +83,19 @@ def plan(args, flags):
     for script in scripts:
         if f"{script}.py" not in os.listdir(ROOT):
             raise BadInput(f"--scripts {script}: there is no {script}.py beside common/.")
+    # A run looks there first; the folder that we are in may have a td3.py too.
+    sys.path[:] = dict.fromkeys([str(ROOT), *sys.path])
     modules = [importlib.import_module(script) for script in scripts]
     for env_id in args.env_ids:
         make_env(env_id).close()
+        if args.ray:
+            check_that_it_travels(env_id)
     jobs = {}
     for module, env_id, seed in itertools.product(modules, args.env_ids, range(args.seeds)):
         argv, script = ["--env-id", env_id, "--seed", str(seed), *flags], module.__name__
         chosen = parse_args(module.Args, module.PRESETS, argv)
-        check(chosen)
+        # Another machine may have the GPU that is missing here.
+        check(chosen if args.ray in (None, "local") else replace(chosen, device="auto"))
         folder = run_folder(chosen, script)
         if folder in jobs:
             other = jobs[folder].script
@@ -87,6 +103,16 @@ def plan(args, flags):
             raise BadInput(f"{other} and {script} would share {folder}: {fix}.")
         jobs[folder] = Job(script, argv, str(folder.absolute()), asdict(chosen))
     return list(jobs.values())
+
+
+def check_that_it_travels(env_id):
+    """BadInput if the module of an environment is in the current folder alone, which no cluster gets."""
+    name, here = env_id.rpartition(":")[0].split(".")[0], Path.cwd()
+    if name and (spec := sys.modules[name].__spec__):
+        folders = [Path(path).parent for path in spec.submodule_search_locations or [spec.origin or ""]]
+        if here in folders and ROOT not in folders:
+            why = f"the module {name} is in {here}, which the machines of a cluster do not see"
+            raise BadInput(f"--ray with --env-ids {env_id}: {why}: put it beside common/.")
 
 
 def finished(job, on_cluster):
@@ -106,11 +132,42 @@ def finished(job, on_cluster):
     return done
 
 
-def start(job, folder, log):
-    """Starts a job's script in `folder`: -> its process, and where in the log its output begins."""
+def cores():
+    """How many cores this process may use: taskset, SLURM or a container may give it fewer than there are."""
+    allowed = [getattr(os, "process_cpu_count", os.cpu_count)() or 1]  # Python 3.13 has the former
+    allowed += [len(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else []
+    if share := os.environ.get("SLURM_CPUS_PER_TASK"):
+        if not share.isdigit():
+            raise BadInput(f"SLURM_CPUS_PER_TASK={share} is no number: unset it, or give --workers.")
+        allowed.append(int(share))
+    if CPU_MAX.exists() and (quota := CPU_MAX.read_text().split())[0] != "max":
+        allowed.append(int(quota[0]) // int(quota[1]))
+    return max(1, min(allowed))
+
+
+def gpus(jobs):
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES has them; none if the runs do not use any."""
+    used = torch.cuda.is_available() and any(job.settings["device"] != "cpu" for job in jobs)
+    count = torch.cuda.device_count() if used else 0
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return names.split(",")[:count]
+
+
+def at_a_time(jobs):
+    """How many of these runs this machine has room for."""
+    room = cores() // max((job.settings["threads"] for job in jobs), default=1)
+    return max(1, min(room, RUNS_PER_GPU * len(gpus(jobs)) or room))
+
+
+def start(job, folder, log, gpu=None):
+    """Starts a job's script, its run in `folder`: -> its process, and where in the log its output begins."""
     command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv, "--run-dir", folder, "--resume"]
+    # The check found the modules of environments in the current folder too: `python -m` looks there.
+    path = filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])
+    own = {"OMP_NUM_THREADS": str(job.settings["threads"]), "PYTHONPATH": os.pathsep.join(path)}
+    own |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     # In a session of its own a run does not get Ctrl-C twice, from the terminal and from here.
-    how = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    how = dict(env=os.environ | own, start_new_session=True)
     with open(log, "ab", buffering=0) as out:  # another process may have the run, and write there
         out.write(f"\n{shlex.join(command)}\n".encode())
         begin = out.tell()
@@ -136,7 +193,7 @@ def elsewhere(job):
 
 def on_this_machine(jobs, workers, signals):
     """Yields (job, why it failed or None) as they end. Signals go to the list, and to the runs as SIGTERM."""
-    waiting, running, passed_on = list(jobs), {}, 0
+    waiting, running, passed_on, devices = list(jobs), {}, 0, gpus(jobs)
     hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
     numbers = [signal.SIGINT, signal.SIGTERM, *hup]
     before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
@@ -145,14 +202,15 @@ def on_this_machine(jobs, workers, signals):
             while waiting and len(running) < workers and not signals:
                 job = waiting.pop(0)
                 Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
-                process, begin = start(job, job.folder, f"{job.folder}.log")
-                running[process] = job, begin
+                gpu = min(devices, key=[used for *_, used in running.values()].count, default=None)
+                process, begin = start(job, job.folder, f"{job.folder}.log", gpu)
+                running[process] = job, begin, gpu
             if len(signals) > passed_on:
                 passed_on = len(signals)
                 for process in running:
                     process.terminate()
             for process in [process for process in running if process.poll() is not None]:
-                job, begin = running.pop(process)
+                job, begin, _ = running.pop(process)
                 yield job, why_failed(process, begin, f"{job.folder}.log")
             time.sleep(0.05)
     finally:
@@ -171,11 +229,20 @@ def on_ray(jobs, address):
     from common.benchmark import elsewhere  # which is looked up there; __main__ would bring our ROOT along
 
     code = {"working_dir": str(ROOT), "excludes": [".git", "runs", "tests"]}
+    threads = max(job.settings["threads"] for job in jobs)
+    devices = {job.settings["device"] for job in jobs}
+    own = dict(num_cpus=max(cores(), threads)) if address == "local" else {}  # not all that the machine has
     try:
-        ray.init(address, runtime_env=code, log_to_driver=False)
+        ray.init(address, runtime_env=code, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadInput(f"--ray {address}: no cluster answers there ({error}).") from None
-    waiting = {ray.remote(elsewhere).options(num_cpus=1, max_retries=2).remote(job): job for job in jobs}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpu = "cuda" in devices or ("auto" in devices and any(has.get("GPU") for has in machines))
+    share = 1 / RUNS_PER_GPU if gpu else 0
+    if not any(has.get("CPU", 0) >= threads and has.get("GPU", 0) >= share for has in machines):
+        say(f"--ray {address}: no node has room for --threads {threads}{' and a GPU' * gpu}; the runs wait.")
+    remote = ray.remote(elsewhere).options(num_cpus=threads, num_gpus=share, max_retries=2)
+    waiting = {remote.remote(job): job for job in jobs}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         job = waiting.pop(done)
@@ -197,8 +264,8 @@ def main(argv):
     jobs = plan(args, flags=argv[split + 1 :])
     todo = [job for job in jobs if not finished(job, on_cluster=args.ray is not None)]
     before, signals = len(jobs) - len(todo), []
-    print(f"{len(jobs)} runs, {before} of them finished before")
-    workers, counts, began = args.workers or os.cpu_count(), Counter(), time.monotonic()
+    workers, counts, began = args.workers or at_a_time(todo), Counter(), time.monotonic()
+    print(f"{len(jobs)} runs, {before} of them finished before" + f", {workers} at a time" * (not args.ray))
     results = on_ray(todo, args.ray) if args.ray and todo else on_this_machine(todo, workers, signals)
     with tqdm(total=len(jobs), initial=before, unit="run") as bar:
         for job, failure in results:
@@ -209,8 +276,7 @@ def main(argv):
     done, failed, minutes = counts["done"], counts["failed"], (time.monotonic() - began) / 60
     print(f"{done} runs done, {failed} failed, {minutes:.1f} minutes")
     if signals:
-        done = f"{before + done} of {len(jobs)} runs finished"
-        print(f"stopped: {done}; the same command goes on", file=sys.stderr)
+        say(f"stopped: {before + done} of {len(jobs)} runs finished; the same command goes on")
         return 128 + signals[0]
     return 1 if failed else 0
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import common.benchmark
 import common.plot
 from common import BadInput
-from common.benchmark import Job, finished, main, why_failed
+from common.benchmark import Job, finished, main, on_this_machine, why_failed
 from tests.conftest import ROOT, checkpoint, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
@@ -169,6 +170,198 @@ def test_a_sweep_that_is_stopped_goes_on(number):
     assert checkpoint(run)["step"] < 1500 and not run.with_name("seed-1").exists()
     assert main([*sweep, "1", "--", *flags]) == 0
     assert steps("Pendulum-v1/td3/seed-0") == ["0", "500", "1000", "1500"]
+
+
+# --- the surroundings of a run ------------------------------------------------------------------------------
+MINE = """
+import gymnasium as gym
+import numpy as np
+
+class Base(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    start = np.loadtxt("start.txt", dtype="float32")
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.start, {}
+
+    def step(self, action):
+        return self.start, 1.0, False, False, {}
+
+gym.register("Base-v0", Base, max_episode_steps=5)
+"""
+
+
+def test_what_the_check_finds_in_the_current_folder_the_run_finds_too():
+    """Modules, and files under relative names; but the scripts are those beside common/, for both."""
+    Path("here").mkdir()
+    Path("here/mine.py").write_text(MINE)
+    Path("here/start.txt").write_text("0.5 -0.5")
+    Path("here/td3.py").write_text("raise SystemExit('the script of the current folder was taken')")
+    sweep = ["--scripts", "td3", "--env-ids", "mine:Base-v0", "--seeds", "1", "--", *FLAGS]
+    command = [sys.executable, "-m", "common.benchmark", *sweep]
+    how = dict(cwd="here", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = csv.DictReader(Path("here/runs/mine:Base-v0/td3/seed-0/eval.csv").open(newline=""))
+    assert [float(row["return_mean"]) for row in rows] == [5, 5, 5]
+
+
+class Cluster:
+    """Stands for the module ray: it keeps what it was asked for, and every run ends well."""
+
+    def __init__(self, *machines):
+        self.machines, self.asked, self.exceptions = machines, [], type("", (), {"RayError": RuntimeError})
+
+    def init(self, address, **how):
+        self.begun = how
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": resources} for resources in self.machines]
+
+    def remote(self, task):
+        return self
+
+    def options(self, **how):
+        self.asked.append((how["num_cpus"], how["num_gpus"]))
+        return type("", (), {"remote": staticmethod(lambda job: job.folder)})
+
+    def wait(self, waiting):
+        return waiting[:1], waiting[1:]
+
+    def get(self, folder):
+        return None, {}
+
+    def shutdown(self):
+        pass
+
+
+def test_a_module_that_a_cluster_does_not_see_is_refused(monkeypatch, tmp_path):
+    """One in the current folder does not go there; one that is found elsewhere may be installed there too."""
+    monkeypatch.setitem(sys.modules, "ray", Cluster({"CPU": 1.0}))
+    Path("start.txt").write_text("0.5 -0.5")
+    Path("packed").mkdir()
+    Path("packed/__init__.py").write_text(MINE.replace("Base", "Packed"))
+    Path("elsewhere").mkdir()
+    Path("alone.py").write_text(MINE.replace("Base", "Alone"))
+    Path("elsewhere/installed.py").write_text(MINE.replace("Base", "Installed"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    sweep = ["--scripts", "td3", "--seeds", "1", "--ray", "there:6379", "--env-ids"]
+    for env_id in ("packed:Packed-v0", "alone:Alone-v0"):
+        with pytest.raises(BadInput, match=f"--env-ids {env_id}: the module .* put it beside common/"):
+            main([*sweep, env_id, "--", *FLAGS])
+    assert main([*sweep, "installed:Installed-v0", "--", *FLAGS]) == 0
+
+
+# --- how many runs at a time --------------------------------------------------------------------------------
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A function that makes this machine look as if it had so many cores and GPUs -> {what a sweep did}."""
+    did = {"environments": []}
+
+    class Process:
+        """It runs until the sweep asks for the second time."""
+
+        def __init__(self, command, env, **how):
+            did["environments"].append(env)
+            self.polls = 0
+
+        def poll(self):
+            self.polls += 1
+            return None if self.polls == 1 else 0
+
+        wait = poll
+
+    def look(cores, gpus=0):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        monkeypatch.setattr(os, "process_cpu_count", lambda: cores, raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        monkeypatch.setattr(subprocess, "Popen", Process)
+        monkeypatch.setattr(common.benchmark, "on_this_machine", spy)
+        return did
+
+    def spy(jobs, workers, signals):
+        did["workers"] = workers
+        return on_this_machine(jobs, workers, signals)
+
+    monkeypatch.setattr(common.benchmark, "CPU_MAX", tmp_path / "cpu.max", raising=False)
+    for name in ("SLURM_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return look
+
+
+@pytest.mark.parametrize("flags, slurm, quota, workers", [
+    ([], None, None, 6), (["--threads", "2"], None, None, 3), (["--threads", "4"], None, None, 1),
+    (["--threads", "40"], None, None, 1), ([], "2", None, 2), ([], "40", None, 6),
+    ([], None, "max 100000", 6), ([], None, "350000 100000", 3), ([], None, "50000 100000", 1),
+])  # fmt: skip
+def test_as_many_runs_go_at_a_time_as_this_process_may_use(
+    machine, monkeypatch, flags, slurm, quota, workers
+):
+    did = machine(cores=6)
+    if slurm:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    if quota:
+        Path("cpu.max").write_text(f"{quota}\n")
+    assert main([*SWEEP, "--", *FLAGS, *flags]) == 0 and did["workers"] == workers
+    threads = flags[-1] if flags else "1"
+    assert [env["OMP_NUM_THREADS"] for env in did["environments"]] == [threads] * 4
+
+
+def test_a_number_of_cores_that_is_none_is_refused_where_it_is_needed(machine, monkeypatch):
+    did = machine(cores=6)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "four")
+    with pytest.raises(BadInput, match="SLURM_CPUS_PER_TASK=four is no number: unset it, or give --workers."):
+        main([*SWEEP, "--", *FLAGS])
+    assert not Path("runs").exists()
+    assert main([*SWEEP, "--workers", "5", "--", *FLAGS]) == 0 and did["workers"] == 5
+
+
+@pytest.mark.parametrize("gpus, flags, visible, workers, given", [
+    (1, [], None, 4, "0000000000"), (2, [], None, 8, "0101010101"), (2, [], "7,3", 8, "7373737373"),
+    (1, ["--device", "cuda"], None, 4, "0000000000"), (1, ["--threads", "32"], None, 2, "0000000000"),
+    (1, ["--device", "cpu"], None, 64, None), (0, [], None, 64, None),
+])  # fmt: skip
+def test_runs_share_the_gpus_that_there_are(machine, monkeypatch, gpus, flags, visible, workers, given):
+    did = machine(cores=64, gpus=gpus)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert main([*SWEEP[:-1], "5", "--", *FLAGS, *flags]) == 0 and did["workers"] == workers
+    found = [env.get("CUDA_VISIBLE_DEVICES") for env in did["environments"]]
+    assert found == (list(given) if given else [None] * 10)
+
+
+@pytest.mark.parametrize("machines, flags, asked, said", [
+    ([{"CPU": 8.0}], [], (1, 0), ""), ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}], [], (1, 0.25), ""),
+    ([{"CPU": 8.0, "GPU": 1.0}], ["--device", "cpu"], (1, 0), ""),
+    ([{"CPU": 8.0, "GPU": 1.0}], ["--device", "cuda", "--threads", "4"], (4, 0.25), ""),
+    ([{"CPU": 8.0}], ["--device", "cuda"], (1, 0.25), "no node has room for --threads 1 and a GPU; the runs"),
+    ([{"CPU": 2.0}], ["--threads", "4"], (4, 0), "no node has room for --threads 4; the runs wait"),
+])  # fmt: skip
+def test_a_run_asks_a_cluster_for_its_threads_and_its_share_of_a_gpu(
+    machine, monkeypatch, capsys, machines, flags, asked, said
+):
+    """This machine has no GPU, which is of no matter. What nobody has is waited for, and that is said."""
+    machine(cores=6)
+    monkeypatch.setitem(sys.modules, "ray", ray := Cluster(*machines))
+    assert main([*SWEEP, "--ray", "there:6379", "--", *FLAGS, *flags]) == 0
+    assert ray.asked == [asked] and "num_cpus" not in ray.begun
+    err = capsys.readouterr().err
+    assert said in err and ("--ray there:6379: " in err) == bool(said)
+
+
+def test_a_cluster_on_this_machine_has_its_cores(machine, monkeypatch):
+    machine(cores=6)
+    monkeypatch.setitem(sys.modules, "ray", ray := Cluster({"CPU": 6.0}))
+    for threads, cores in (("2", 6), ("8", 8)):  # at least one run must fit
+        assert main([*SWEEP, "--ray", "local", "--", *FLAGS, "--threads", threads]) == 0
+        assert ray.begun["num_cpus"] == cores
+    with pytest.raises(BadInput, match="--device cuda"):
+        main([*SWEEP, "--ray", "local", "--", *FLAGS, "--device", "cuda"])
 
 
 def test_a_sweep_on_ray(capsys):
