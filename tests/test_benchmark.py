@@ -1,4 +1,4 @@
-"""Sweeps and figures: every run is its own process, what is done is skipped, what fails is said."""
+"""Sweeps: every run is its own process, what is done is skipped, what fails is said."""
 
 import csv
 import json
@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from filelock import FileLock
 
 import common.benchmark
-import common.plot
 from common import BadInput
 from common.benchmark import Job, finished, main, on_this_machine, why_failed
 from tests.conftest import ROOT, checkpoint, tiny, train
@@ -379,176 +377,3 @@ def test_a_sweep_on_ray(capsys):
         assert (run / "train.csv").exists() and not (run / "checkpoint.pt").exists()
     capsys.readouterr()
     assert main(sweep) == 0 and "2 of them finished before" in capsys.readouterr().out
-
-
-# --- figures ------------------------------------------------------------------------------------------------
-def write(path, steps, returns, seconds=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = zip(steps, returns, seconds or steps, strict=True)
-    path.write_text("step,return_mean,seconds\n" + "".join(f"{s},{r},{t}\n" for s, r, t in rows))
-
-
-def test_a_figure_and_its_table(capsys):
-    for seed, shift in enumerate((0, 3, 6)):
-        write(Path(f"runs/Hopper-v4/a/seed-{seed}/eval.csv"), [0, 1000, 2000], [shift, 10 + shift, 4 + shift])
-    write(Path("ref/Hopper-v4/b/seed-0.csv"), [0, 1000], [1, 2])
-    common.plot.main(common.plot.Args(["runs", "ref"], "figure.png"))
-    assert Path("figure.png").read_bytes()[:4] == b"\x89PNG"
-    a, b = capsys.readouterr().out.splitlines()[2:]
-    # mean 7, deviation 3, Student's t with 2 degrees of freedom 4.30
-    assert "| Hopper-v4 | a | 3 | 7 +- 7.448 | 13 +- 3 at step 1000 |" == a
-    assert "| Hopper-v4 | b | 1 | 2 | 2 +- 0 at step 1000 |" == b
-
-
-def test_any_column_can_be_drawn(capsys):
-    for seed in (0, 1):
-        path = Path(f"runs/Pendulum-v1/a/seed-{seed}/eval.csv")
-        write(path, [0, 1000], [-5, -6])
-        lines = path.read_text().splitlines()
-        cells = ["gradient_cosine", f"{0.25 - seed}", f"{0.5 + seed}"]
-        path.write_text("".join(f"{line},{cell}\n" for line, cell in zip(lines, cells, strict=True)))
-    common.plot.main(common.plot.Args(["runs"], "figure.png", column="gradient_cosine"))
-    assert "| Pendulum-v1 | a | 2 | 1 +- 6.355 | 1 +- 0.7071 at step 1000 |" in capsys.readouterr().out
-    for column, log, hint in (("cosine", False, "gradient_cosine"), ("return_mean", True, "--log")):
-        with pytest.raises(BadInput, match=hint):
-            common.plot.main(common.plot.Args(["runs"], "other.png", column=column, log=log))
-    assert not Path("other.png").exists()
-
-
-def test_curves_are_compared_where_all_seeds_are(capsys):
-    args = common.plot.Args([])
-    two = (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))
-    seeds = [[np.array(x, float) for x in (s, r, s)] for s, r in two]
-    x, values = common.plot.together(seeds, args, "name")
-    assert x.tolist() == [0, 10] and values.tolist() == [[0, 1], [4, 6]]
-    assert capsys.readouterr().err == "name: drawn until step 10, where one seed ends, not 20\n"
-
-
-def test_what_lies_in_different_folders_is_not_averaged(capsys):
-    for folder, value in (("mine/runs", 1), ("reference", 5)):
-        write(Path(folder, "Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, value])
-    write(Path("reference/Hopper-v4/b/seed-0/eval.csv"), [0, 1000], [0, 2])
-    found = common.plot.read(["mine", "reference", "reference/Hopper-v4"])["Hopper-v4"]
-    ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
-    assert ends == {"mine/runs/a": [1], "reference/a": [5], "b": [2]}
-
-
-def test_a_run_in_any_folder_is_known_by_its_arguments():
-    for folder, seed in (("one", 0), ("two", 1)):
-        write(Path(folder, "eval.csv"), [0, 1000], [0, seed])
-        told = {"script": "mage_td3.py", "args": {"env_id": "mbbl/Ant-v0", "exp_name": None, "seed": seed}}
-        Path(folder, "args.json").write_text(json.dumps(told))
-    found = common.plot.read(["one", "two"])
-    assert list(found) == ["mbbl_Ant-v0"] and len(found["mbbl_Ant-v0"]["mage_td3"]) == 2
-
-
-def make_run(folder, script="td3.py", last=1, **changes):
-    write(Path(folder, "eval.csv"), [0, 1000], [0, last])
-    args = {"env_id": "Ant-v4", "exp_name": "a", "seed": 0, "lr": 0.1, "threads": 1} | changes
-    Path(folder, "args.json").write_text(json.dumps({"script": script, "args": args}))
-
-
-def test_what_has_other_settings_is_not_averaged():
-    for number, changes in enumerate(({}, dict(seed=1, threads=2), dict(lr=0.2))):
-        make_run(f"runs/{number}", last=number, **changes)
-    make_run("runs/3", "mage_td3.py", last=3, lam=0.2)
-    found = common.plot.read(["runs"])["Ant-v4"]
-    ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
-    assert ends == {"a, td3.py, lr 0.1": [0, 1], "a, td3.py, lr 0.2": [2], "a, mage_td3.py": [3]}
-
-
-def test_a_seed_that_has_only_started_does_not_cut_the_others(capsys):
-    write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, 1])
-    write(Path("runs/Hopper-v4/a/seed-1/eval.csv"), [0], [5])
-    ((_, values, _),) = common.plot.read(["runs"])["Hopper-v4"]["a"]
-    assert values.tolist() == [0, 1] and "seed-1/eval.csv: left out" in capsys.readouterr().err
-
-
-def test_a_copy_without_the_published_curves_draws_its_own(monkeypatch):
-    write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 50_000], [0, 1])
-    for there in (True, False):
-        common.plot.main(common.plot.Args(["runs"], "figure.svg"))
-        assert ("SAC, published" in Path("figure.svg").read_text()) is there
-        monkeypatch.setattr(common.plot, "PUBLISHED", Path("nowhere.csv"))
-
-
-def test_the_running_mean_looks_back_only():
-    assert common.plot.smoothed(np.array([4.0, 2.0, 0.0, 6.0]), 2).tolist() == [4, 3, 1, 3]
-    assert common.plot.smoothed(np.array([4.0, 2.0]), 25).tolist() == [4, 3]
-
-
-def test_the_median_is_not_moved_by_one_seed():
-    values = np.array([[1.0], [2.0], [3.0], [4.0], [1000.0]])
-    line, (low, high) = common.plot.middle(values, "median")
-    assert line == 3 and 1 <= low <= 2 and high > 4
-    line, (low, high) = common.plot.middle(np.array([[1.0], [3.0]]), "mean")
-    assert line == 2 and high - 2 == pytest.approx(12.71)
-
-
-def test_curves_are_cut_smoothed_and_drawn_against_minutes():
-    seeds = [[np.array(x, float) for x in ([0, 10, 20], [0, 2, 8], [0, 60, 120])]]
-    x, values = common.plot.together(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
-    assert x.tolist() == [0, 10] and values.tolist() == [[0, 1]]
-    x, values = common.plot.together(seeds, common.plot.Args([], time=True), "a")
-    assert (x[0], x[-1]) == (0, 2) and values[0, [0, -1]].tolist() == [0, 8]
-    np.testing.assert_allclose(values[0], np.where(x < 1, 2 * x, 6 * x - 4))
-
-
-def test_intervals_are_of_95_percent():
-    """Student's t from a printed table; for the median of nine, binomial: the second value has 3.0% below."""
-    for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (31, 2.042), (101, 1.984)):
-        values = np.random.default_rng(n).normal(size=(n, 1))
-        _, (low, high) = common.plot.middle(values, "mean")
-        half = t * values.std(ddof=1) / np.sqrt(n)
-        assert (high - low)[0] / 2 == pytest.approx(half, rel=0.015)
-        assert (high + low)[0] / 2 == pytest.approx(values.mean())
-    line, (low, high) = common.plot.middle(np.arange(1.0, 10)[:, None], "median")
-    assert (line, low, high) == (5, 2, 8)
-
-
-def test_the_table_takes_the_median_and_the_spread_where_the_mean_is_highest(capsys):
-    for seed, returns in enumerate(([0, 6, 9], [0, 6, 9], [0, 18, 2])):
-        write(Path(f"runs/Hopper-v4/a/seed-{seed}/eval.csv"), [0, 1000, 2000], returns)
-    common.plot.main(common.plot.Args(["runs"], "figure.png", statistic="median"))
-    *_, row = capsys.readouterr().out.splitlines()
-    assert "| Hopper-v4 | a | 3 | 9 +- 3.5 | 10 +- 6.928 at step 1000 |" == row
-
-
-def test_published_curves_are_of_the_same_environment():
-    curves = common.plot.published("HalfCheetah-v4")
-    assert {"SAC", "MBPO", "TD3, v1"} <= set(curves) and not common.plot.published("Pendulum-v1")
-    step, value = curves["MBPO"]
-    assert 4000 < value[step == 25000] < 6000  # 5042 +- 935 in its authors' figure
-
-
-HEAD = "step,return_mean,seconds\n"
-
-
-@pytest.mark.parametrize("text, changes, hint", [
-    (None, dict(runs=["nowhere"]), "nowhere"),
-    (HEAD + "0,1,2\n", dict(runs=["runs", "rnus"]), "rnus: no eval.csv"),
-    (None, dict(runs=[]), "RUNS"),
-    ("a,b\n1,2\n", {}, "seed-0.csv is not"),
-    ("", {}, "seed-0.csv is not"),
-    (HEAD + "0,1,2\n250,", {}, "seed-0.csv is not"),  # a line was cut
-    (HEAD + "0,1,two\n", {}, "seed-0.csv is not"),
-    ("\0\xff", {}, "seed-0.csv is not"),
-    (HEAD + "0,1,2\n", dict(column="return_std"), "--column return_std"),
-    ("step,return_mean,seconds,return_std\n0,1,2,\n", dict(column="return_std"), "--column return_std"),
-    (HEAD + "0,1,2\n", {}, "no run there has two evaluations"),
-    (HEAD + "0,-1,2\n9,-1,2\n", dict(log=True), "--log"),
-    (HEAD + "0,1,2\n9,1,2\n", dict(last_step=0), "--last-step 0"),
-    (HEAD + "250,1,2\n500,1,2\n", dict(last_step=249), "--last-step 249: give at least 250"),
-    (HEAD + "0,1,2\n9,1,2\n", dict(smooth=0), "--smooth 0"),
-    (HEAD + "0,1,2\n", dict(output="nowhere/a.png"), "--output nowhere/a.png"),
-    (HEAD + "0,1,2\n", dict(output="a.jpg"), "--output a.jpg"),
-    (HEAD + "0,1,2\n", dict(output="runs"), "--output runs"),
-])  # fmt: skip
-def test_what_cannot_be_drawn_is_refused_in_one_sentence(text, changes, hint, capsys):
-    Path("runs/Env-v0/name").mkdir(parents=True)
-    if text is not None:
-        Path("runs/Env-v0/name/seed-0.csv").write_text(text, encoding="latin-1")
-    with pytest.raises(BadInput, match=re.escape(hint)) as refused:
-        common.plot.main(common.plot.Args(**{"runs": ["runs"], "output": "figure.png"} | changes))
-    assert len(str(refused.value).splitlines()) == 1 and str(refused.value).endswith(".")
-    assert os.listdir() == ["runs"] and not capsys.readouterr().out
