@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def parse_args(Args, presets, argv=None):
     chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
     default = Args(env_id=first.env_id, preset=first.preset, **chosen)
     if first.resume:
-        saved = read_args(run_folder(first, script))
+        saved = read_args(run_folder(first, script), script)
         names = saved.keys() & dataclasses.asdict(default).keys() - {"run_dir", "resume"}
         default = dataclasses.replace(default, **{name: saved[name] for name in names})
     return tyro.cli(Args, prog=script, args=argv, default=default)
@@ -87,22 +88,23 @@ class Lenient:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method, *args):
         try:
-            method(*args)
+            self.stream.write(text)
             self.stream.flush()
         except OSError:  # Python would try once more at its end, and say so
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
+    def flush(self):
+        self.write("")
+
 
 def main(train, Args, presets):
     """A script's command line. Exit code 0: done, 2: bad input, 1: a fault during the run."""
-    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+    with redirect_stdout(Lenient(sys.stdout)), redirect_stderr(Lenient(sys.stderr)):
+        _main(train, Args, presets)
+
+
+def _main(train, Args, presets):
     try:
         args = parse_args(Args, presets)
         train(args)

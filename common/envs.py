@@ -31,9 +31,9 @@ def make_env(env_id, seed=None, render_mode=None):
     also where the environment changes its arrays in place. With `seed`, the first bare `reset()` is
     `reset(seed=seed)`. Raises BadInput for an id or a space that cannot be used.
     """
-    if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # without a screen MuJoCo draws nothing unless told how
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and pygame prints an error, though it draws
+    if render_mode == "rgb_array" and sys.platform == "linux":  # a picture needs no screen
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
     try:
         env = _make(env_id, render_mode)
@@ -100,11 +100,17 @@ def _clip(action, space):
 
 
 def call(env_id, method, *args, **kwargs):
-    """What an environment's method returns; Fault if it raises: it is somebody's code, all may happen."""
+    """What an environment's reset or step returns. Fault if it raises, for it is somebody's code, where all
+    may happen, or if the observation is not what was promised."""
     try:
-        return method(*args, **kwargs)
+        obs, *rest = method(*args, **kwargs)
     except Exception as error:
         raise Fault(f"{env_id} failed in {method.__name__} ({one_line(error)})") from error
+    if obs.shape != method.__self__.observation_space.shape:
+        raise Fault(f"an observation of {env_id} has shape {obs.shape}, not what its space says")
+    if not np.isfinite(obs).all():
+        raise Fault(f"the observation of {env_id} is not finite")
+    return obs, *rest
 
 
 class PrependXVelocity(gym.Wrapper):
@@ -168,15 +174,16 @@ class Resumable(gym.Wrapper):
         self._rng, self._reset_args = _random_state(self.unwrapped), kwargs
         self._actions, self._length = [], 0
         self._resets += 1
-        self.obs, info = self._call(self.env.reset, **kwargs)
+        self.obs, info = call(self.spec.id, self.env.reset, **kwargs)
         return self.obs, info
 
     def _try_out(self, kwargs):
         """What a reset and some steps give, as bytes."""
-        rng, seen, done = np.random.default_rng(0), [self._call(self.env.reset, **kwargs)[0].tobytes()], False
+        rng, done = np.random.default_rng(0), False
+        seen = [call(self.spec.id, self.env.reset, **kwargs)[0].tobytes()]
         while not done and len(seen) <= self.TRIED:
             action = rng.uniform(-1, 1, self.action_space.shape).astype(np.float32)
-            obs, reward, terminated, truncated, _ = self._call(self.env.step, action)
+            obs, reward, terminated, truncated, _ = call(self.spec.id, self.env.step, action)
             seen.append((obs.tobytes(), np.float64(reward).tobytes(), terminated, truncated))
             done = terminated or truncated
         return seen
@@ -186,7 +193,7 @@ class Resumable(gym.Wrapper):
         self._length += 1
         if self._length <= self.LONGEST:
             self._actions.append(action)
-        self.obs, reward, *rest = self._call(self.env.step, action)
+        self.obs, reward, *rest = call(self.spec.id, self.env.step, action)
         if np.shape(reward):
             raise Fault(f"the reward of {self.spec.id} has shape {np.shape(reward)}, it is not a number")
         if not np.isfinite(reward):
@@ -207,14 +214,6 @@ class Resumable(gym.Wrapper):
                 name, says = function.__name__, f"{told.tolist()} for one row"
                 raise Fault(f"{name} of common/rewards.py says {says}, where {self.spec.id} gives {truth}")
 
-    def _call(self, method, *args, **kwargs):
-        obs, *rest = call(self.spec.id, method, *args, **kwargs)
-        if obs.shape != self.observation_space.shape:
-            raise Fault(f"an observation of {self.spec.id} has shape {obs.shape}, not what its space says")
-        if not np.isfinite(obs).all():
-            raise Fault(f"the observation of {self.spec.id} is not finite")
-        return obs, *rest
-
     def state_dict(self):
         """Plain data and a tensor, which torch.load(weights_only=True) reads."""
         actions = torch.from_numpy(np.array(self._actions, np.float32))  # (steps, da)
@@ -226,9 +225,6 @@ class Resumable(gym.Wrapper):
         """Restores the generator, resets and replays: the environment then goes on as the saved one did.
         Where that is not possible a new episode begins, with a seed of its own."""
         self._seed, self._resets = state["seed"], state["resets"] - 1
-        if state["reset_args"] is None:  # it has not been reset
-            self.obs, self._rng, self._reset_args, self._actions = None, None, None, []
-            return
         try:
             _set_random_state(self.unwrapped, state["rng"])
             self.reset(**state["reset_args"])

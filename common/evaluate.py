@@ -135,13 +135,12 @@ def _begin_to_draw(env_id, seed):
         return env, obs, _small(frame)
     except Exception as error:  # each library that draws fails in its own way
         cause = error.__cause__ or error  # make_env's own words are about --env-id
-        if by_default and sys.platform == "linux" and not isinstance(cause, (TypeError, ValueError)):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # DISPLAY may name a screen that is gone
-            os.environ["SDL_VIDEODRIVER"] = "dummy"
-            if os.environ.pop("DISPLAY", None) is not None:
-                return _begin_to_draw(env_id, seed)
+        drawn = not isinstance(cause, (TypeError, ValueError))
+        if drawn and by_default and os.environ.get("MUJOCO_GL") == "egl" and os.environ.get("DISPLAY"):
+            os.environ["MUJOCO_GL"] = "glfw"  # EGL is not installed, but there may be a screen
+            return _begin_to_draw(env_id, seed)
         reason, fix = one_line(cause), "leave --video out"  # it takes no render_mode, or draws nothing
-        if not isinstance(cause, (TypeError, ValueError)):
+        if drawn:
             fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
         raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
 
@@ -150,6 +149,7 @@ def _begin_to_draw(env_id, seed):
 class Args:
     run_dir: tyro.conf.Positional[str]  # a run's folder
     episodes: int = 10  # from starts that the run's own evaluations did not use
+    max_steps: int = MAX_STEPS  # where an episode is cut
     best: bool = False  # the policy of the run's best evaluation, not its last one
     video: Path | None = None  # a GIF file for the first of them
     plan: bool = False  # search with the model too, where the algorithm can
@@ -177,8 +177,9 @@ def load_script(run_dir):
 
 def main(args):
     """Prints the mean return of a run's policy and the 95% confidence interval of the mean."""
-    if args.episodes < 2:
-        raise BadInput(f"--episodes {args.episodes}: give at least 2, for a confidence interval.")
+    for name, least in (("episodes", 2), ("max_steps", 1)):  # two, for a confidence interval
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
     args.video = args.video and args.video.expanduser()
     if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()
                            and not args.video.is_dir()):
@@ -190,9 +191,9 @@ def main(args):
     with fitting(run_dir):
         policy = script.load_policy(run_dir / BEST if args.best else run_dir, plan=args.plan)
     if args.video:
-        total, steps = film(policy, env_id, args.video, seed=10**6)
+        total, steps = film(policy, env_id, args.video, seed=10**6, max_steps=args.max_steps)
         print(f"{args.video}: an episode of {steps} steps, return {total:.2f}")
-    result = evaluate(policy, env_id, args.episodes, seed=10**6)
+    result = evaluate(policy, env_id, args.episodes, seed=10**6, max_steps=args.max_steps)
     returns, cut = result.returns, "; episodes without end were cut" if result.cut else ""
     half = 1.96 * returns.std(ddof=1) / np.sqrt(len(returns))
     print(f"return {returns.mean():.2f} +- {half:.2f} (95%) over {args.episodes} episodes{cut}")

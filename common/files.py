@@ -28,11 +28,11 @@ def run_folder(args, script):
     return Path(folder).expanduser()
 
 
-def read_args(folder):
-    """The settings of the run in a folder, {} if there is none or its args.json is damaged."""
+def read_args(folder, script):
+    """The settings of a script's run in a folder; {} if there is none, or another's, or it is damaged."""
     try:
-        told = json.loads(Path(folder, "args.json").read_bytes())["args"]
-        return told if isinstance(told, dict) else {}
+        told = json.loads(Path(folder, "args.json").read_bytes())
+        return dict(told["args"]) if told["script"] == script else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 

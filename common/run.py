@@ -100,7 +100,7 @@ class Run:
             error = error or late
         if isinstance(error, OSError):
             what = f"{error.filename or self.folder} cannot be written or read"
-            raise self.located(Fault(f"{what} ({error.strerror or error})")) from error
+            raise self.located(Fault(f"{what} ({error.strerror or error})")) from None
         if isinstance(error, Fault):
             self.located(error)
 
@@ -234,15 +234,15 @@ class Run:
     def load(self):
         path = files.newest(self.folder)
         whole = files.read_checkpoint(path)
-        missing = [name for name in ("device", "seconds", "rng", *SAVED, *self.state) if name not in whole]
-        if missing:
+        parts = ("script", "device", "seconds", "rng", *SAVED, *self.state)
+        if missing := [name for name in parts if name not in whole]:
             raise BadInput(f"--resume: {path} has no {missing[0]}, another script or another version of it "
                            "wrote it: use the one that args.json names, or another --run-dir.")  # fmt: skip
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
         old, new = whole["args"], dataclasses.asdict(self.args)
-        # A flag that the script has got since then was at its default, as it were.
-        old = {f.name: f.default for f in dataclasses.fields(self.args)} | old
+        if whole["script"] == self.script:  # a flag that it has got since then was at its default
+            old = {f.name: f.default for f in dataclasses.fields(self.args)} | old
         names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
         if names:
             changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)

@@ -87,7 +87,7 @@ class Planned(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.episode, self.steps = self.episode + 1, 0
+        self.episode, self.steps = 0 if seed is not None else self.episode + 1, 0
         return self.observe(), {}
 
     def step(self, action):

@@ -31,7 +31,7 @@ from tests.conftest import (
     words,
 )
 
-SIZES = """threads eval_every eval_episodes buffer_size batch_size actor_hidden critic_hidden num_critics
+SIZES = """threads eval_every eval_max_steps buffer_size batch_size actor_hidden critic_hidden num_critics
     policy_delay ensemble_size model_hidden model_layers model_train_every reward_hidden reward_layers
     num_samples rollout_length model_buffer_size"""
 BEYOND = dict(gamma=1.5, tau=2, seed=10**23, threads=10**6, real_ratio=1.5)  # more than makes sense
@@ -312,7 +312,7 @@ def test_learning_may_start_with_the_first_step(name, change):
 
 def test_maac_needs_data_for_its_model(refused):
     for steps in (0, 1):
-        refused("maac_sac", tiny("maac_sac", learning_starts=steps), f"--learning-starts {steps}")
+        refused("maac_sac", tiny("maac_sac", learning_starts=steps), "--learning-starts", "at least 10 steps")
     train("maac_sac", "run", learning_starts=10)
     assert checkpoint("run")["critic_opt"]["state"][0]["step"] == 100
 

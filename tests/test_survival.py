@@ -4,7 +4,9 @@ Whatever it is, what was saved is whole, the user reads one sentence, and a run 
 that nothing happened to, bit for bit.
 """
 
+import dataclasses
 import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,9 +34,10 @@ import common.evaluate
 import common.files
 import common.run
 from common import BadInput
-from common.args import main
+from common.args import main, parse_args
 from common.envs import Resumable
-from common.files import NEWEST, PREVIOUS, newest, read_checkpoint
+from common.evaluate import load_run
+from common.files import BEST, NEWEST, POLICY, PREVIOUS, newest, read_checkpoint
 from common.rewards import REWARDS
 from tests.conftest import ROOT, SCRIPTS, Planned, checkpoint, script, stored, tiny, train
 from tests.test_training import same, table
@@ -334,7 +338,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.classic_control import PendulumEnv
 import td3
-from common.args import main
+from common.args import main, parse_args
 
 class Hangs(PendulumEnv):
     made = 0
@@ -343,6 +347,11 @@ class Hangs(PendulumEnv):
         super().__init__()
         Hangs.made += 1
         self.left = 30 if Hangs.made == 1 else 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None and Hangs.made == 1:  # a run tries its environment out, and begins with this
+            self.left = 30
+        return super().reset(seed=seed, options=options)
 
     def step(self, action):
         self.left -= 1
@@ -463,10 +472,13 @@ def test_events_that_cannot_be_written_are_one_sentence(process, tmp_path):
 # --- damaged files ------------------------------------------------------------------------------------------
 def flip(path):
     """One bit of a weight: PyTorch itself reads the file as if nothing was."""
-    whole, weight = bytearray(path.read_bytes()), checkpoint(path.parent)["actor"]["net.2.weight"]
-    whole[whole.index(weight.numpy().tobytes()) + 5] ^= 1
+    def weight():
+        return torch.load(path, weights_only=True)["actor"]["net.2.weight"]
+
+    whole, before = bytearray(path.read_bytes()), weight()
+    whole[whole.index(before.numpy().tobytes()) + 5] ^= 1
     path.write_bytes(whole)
-    assert not torch.equal(checkpoint(path.parent)["actor"]["net.2.weight"], weight)
+    assert not torch.equal(weight(), before)
 
 
 DAMAGES = {
@@ -488,11 +500,22 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(damage, copi
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and files(run) == before
     assert f"{run / NEWEST} is damaged" in sentence(refused.stderr)
     assert f"rename {PREVIOUS} to {NEWEST}" in refused.stderr
-    for read in (script("td3").load_policy, lambda run: common.evaluate.main(common.evaluate.Args(str(run)))):
-        with pytest.raises(BadInput, match="is damaged"):
-            read(run)
     (run / PREVIOUS).rename(run / NEWEST)
     assert checkpoint(run)["step"] == 30 and program("td3", argv).returncode == 0
+    assert not differences(run, whole("td3"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [POLICY, BEST])
+def test_a_damaged_policy_is_refused_and_its_run_goes_on(name, damage, copied, program, whole):
+    run = copied("td3", total_timesteps=35)
+    DAMAGES[damage](run / name)
+    for read in (script("td3").load_policy, lambda path: load_run(path, script("td3").Args)):
+        with pytest.raises(BadInput, match="is damaged .* --resume writes it anew"):
+            read(run / name)
+    with pytest.raises(BadInput, match="is damaged"):
+        common.evaluate.main(common.evaluate.Args(str(run), best=name == BEST))
+    assert program("td3", tiny("td3", run_dir=run, resume=True)).returncode == 0
     assert not differences(run, whole("td3"))
 
 
@@ -508,7 +531,7 @@ def test_where_there_is_no_checkpoint_before_none_is_offered(copied, program):
 
 def test_the_evaluation_program_refuses_a_damaged_checkpoint(copied):
     run = copied("td3")
-    flip(run / NEWEST)
+    flip(run / POLICY)
     refused = finished(["-m", "common.evaluate", run], cwd=ROOT)
     assert refused.returncode == 2 and refused.stdout == ""
     assert "is damaged" in sentence(refused.stderr) and len(refused.stderr.splitlines()) == 1
@@ -522,10 +545,16 @@ class Hostile:
 def test_no_reader_executes_what_is_in_a_checkpoint(copied, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run = copied("td3")
-    torch.save(checkpoint(run) | {"actor": Hostile()}, run / NEWEST)
-    for read in (script("td3").load_policy, lambda run: common.evaluate.main(common.evaluate.Args(str(run)))):
+    state = checkpoint(run) | {"actor": Hostile()}
+    torch.save(state, run / NEWEST)
+    torch.save(state, run / POLICY)
+    resume = parse_args(script("td3").Args, {"paper": {"*": {}}}, ["--run-dir", str(run), "--resume"])
+    for read in (
+        lambda: script("td3").load_policy(run), lambda: common.evaluate.main(common.evaluate.Args(str(run))),
+        lambda: script("td3").train(resume),
+    ):  # fmt: skip
         with pytest.raises(BadInput, match="is damaged"):
-            read(run)
+            read()
     assert not Path("executed").exists()
     torch.load(run / NEWEST, weights_only=False)
     assert Path("executed").exists()  # it would have been
@@ -586,7 +615,7 @@ def test_a_finished_run_says_so_and_goes_on_if_it_is_asked_to(name, copied, prog
     kept = {path: data for path, data in files(run).items() if path.suffix in (".csv", ".pt")}
     again = program(name, tiny(name, run_dir=run, resume=True))
     assert again.returncode == 0 and "is finished" in again.stdout and "--total-timesteps" in again.stdout
-    assert len(kept) == 3 and files(run).items() >= kept.items()
+    assert len(kept) == 5 and files(run).items() >= kept.items()
     more = program(name, tiny(name, run_dir=run, resume=True, total_timesteps=90))
     assert more.returncode == 0 and "finished" not in more.stdout
     assert not differences(run, whole(name, total_timesteps=90))
@@ -622,13 +651,14 @@ class Moody(Planned):
         return super().observe() + np.float32(np.random.default_rng().random())
 
 
-def test_an_episode_that_cannot_be_repeated_is_refused(register, program, tmp_path):
+def test_an_episode_that_cannot_be_repeated_is_given_up_and_the_run_goes_on(register, program, tmp_path):
     env_id, run = register(Moody), tmp_path / "run"
     train("td3", run, env_id=env_id, total_timesteps=35)
-    before = files(run)
-    refused = program("td3", tiny("td3", run_dir=run, env_id=env_id, resume=True))
-    assert refused.returncode == 2 and files(run) == before
-    assert env_id in sentence(refused.stderr) and "does not repeat the episode" in refused.stderr
+    kept = stored(checkpoint(run))
+    goes_on = program("td3", tiny("td3", run_dir=run, env_id=env_id, resume=True))
+    assert goes_on.returncode == 0 and checkpoint(run)["step"] == 60
+    assert torch.equal(stored(checkpoint(run))[:35], kept)
+    assert f"unfinished episode of {env_id} is given up" in goes_on.stderr
 
 
 NETWORKS = ("actor", "actor_target", "critic", "critic_target")
@@ -636,12 +666,13 @@ FITS = ("env", "buffer", *NETWORKS, "actor_opt", "critic_opt")
 
 
 def test_checkpoints_have_no_part_that_is_not_tested_below(whole):
-    assert set(checkpoint(whole("td3"))) == {*FITS, "args", "device", "seconds", "rng", *common.run.SAVED}
+    others = {"args", "script", "device", "seconds", "rng", *common.run.SAVED}
+    assert set(checkpoint(whole("td3"))) == {*FITS, *others}
 
 
 @pytest.mark.parametrize("part", [
     *FITS, "args", "step",
-    "device", "seconds", "rng", *common.run.SAVED[1:],
+    "script", "device", "seconds", "rng", *common.run.SAVED[1:],
 ])  # fmt: skip
 def test_a_checkpoint_without_a_part_is_refused(part, copied, program):
     """As one from an older version of these scripts may be."""
@@ -678,7 +709,8 @@ def test_weights_of_another_shape_are_refused(copied, program):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_actor_of_another_shape_is_no_policy(name, copied):
     run = copied(name)
-    change(run, actor={"net.0.weight": torch.zeros(1, 1, 1)})
+    small = torch.load(run / POLICY, weights_only=True)
+    torch.save(small | {"actor": {"net.0.weight": torch.zeros(1, 1, 1)}}, run / POLICY)
     with pytest.raises(BadInput, match="does not fit"):
         common.evaluate.main(common.evaluate.Args(str(run)))
 
@@ -693,10 +725,11 @@ class Shaky(gym.Env):
     def __init__(self, fault, dtype=np.float32):
         self.observation_space = Box(-np.inf, np.inf, (2,), dtype)
         self.action_space = Box(-1, 1, (2,), np.float32)
-        self.fault, self.steps, self.closed = fault, 0, False
+        self.fault, self.start, self.closed = fault, 0, False
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
+        self.steps = self.steps if seed is None else self.start
         if self.steps == 20 and self.fault == "reset":
             raise ValueError("no start to be found")
         return np.zeros(2, self.observation_space.dtype), {}
@@ -749,7 +782,7 @@ def test_an_environment_that_fails_in_an_evaluation(fault, register, program, tm
 
     def make():
         made.append(Shaky(fault if len(made) == 3 else None))  # trains, evaluates at 0, at 20, at 40
-        made[-1].steps = 15 if len(made) == 4 else 0
+        made[-1].start = 15 if len(made) == 4 else 0
         return made[-1]
 
     env_id = register(make)
@@ -795,21 +828,17 @@ class Endless(Planned):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_episode_without_end_is_cut_and_the_run_says_so(name, register, program, monkeypatch, tmp_path):
-    monkeypatch.setattr(common.run, "evaluate", partial(common.evaluate.evaluate, max_steps=37))
+def test_an_episode_without_end_is_cut_and_the_run_says_so(name, register, program, tmp_path):
     run = tmp_path / "run"
-    endless = program(name, tiny(name, run_dir=run, env_id=register(Endless)))
+    endless = program(name, tiny(name, run_dir=run, env_id=register(Endless), eval_max_steps=37))
     assert endless.returncode == 0 and endless.stdout.count("cut") == 4
     assert {row["length_mean"] for row in table(run, "eval")} == {"37.0"}
 
 
-def test_the_evaluation_program_says_that_it_cut(register, monkeypatch, capsys, tmp_path):
-    evaluate = partial(common.evaluate.evaluate, max_steps=37)
-    monkeypatch.setattr(common.run, "evaluate", evaluate)
-    monkeypatch.setattr(common.evaluate, "evaluate", evaluate)
-    run = train("td3", tmp_path / "run", env_id=register(Endless))
+def test_the_evaluation_program_says_that_it_cut(register, capsys, tmp_path):
+    run = train("td3", tmp_path / "run", env_id=register(Endless), eval_max_steps=37)
     capsys.readouterr()
-    common.evaluate.main(common.evaluate.Args(str(run)))
+    common.evaluate.main(common.evaluate.Args(str(run), max_steps=37))
     assert "cut" in capsys.readouterr().out
 
 
@@ -1006,3 +1035,151 @@ def test_a_checkpoint_is_plain_data_to_a_program_that_knows_nothing_of_ours(whol
     read = finished(["-c", READER, *(run / NEWEST for run in runs)], cwd=tmp_path)
     assert read.returncode == 0, read.stderr
     assert read.stdout.split("\n")[:-1] == [f"60 {len(checkpoint(run))}" for run in runs]
+
+
+# --- the terminal, threads, flags, policies -----------------------------------------------------------------
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_a_closed_pipe_ends_no_run(closed, whole, tmp_path):
+    """python td3.py ... | head -1"""
+    command = [sys.executable, str(ROOT / "td3.py"), *tiny("td3", run_dir=tmp_path / "run", **NO_ORACLE)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if closed == "both" else subprocess.PIPE}
+    running = subprocess.Popen(command, cwd=tmp_path, text=True, **pipe)
+    running.stdout.readline()
+    running.stdout.close()
+    said = running.stderr.read() if running.stderr else ""
+    assert running.wait() == 0 and "Broken" not in said and "error" not in said
+    assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
+
+
+def test_a_lost_terminal_saves_the_run(whole, tmp_path):
+    command = [sys.executable, str(ROOT / "td3.py"), *tiny("td3", run_dir=tmp_path / "run", **NO_ORACLE)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    running.stdout.readline()
+    running.send_signal(signal.SIGHUP)
+    said = running.communicate()[1]
+    assert running.returncode == 128 + signal.SIGHUP and "saved at step" in said
+    train("td3", tmp_path / "run", resume=True, **NO_ORACLE)
+    assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
+
+
+def test_nohup_is_respected(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            seen = []
+            patch.setattr(common.run.Run, "save", lambda run: seen.append(signal.getsignal(signal.SIGHUP)))
+            train("td3", tmp_path / "run")
+        assert set(seen) == {signal.SIG_IGN}
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_is_the_same_run(whole, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, "td3", tmp_path / "run").result()
+    assert not differences(tmp_path / "run", whole("td3"))
+
+
+def test_a_start_that_fails_leaves_no_run_that_refuses_the_next(monkeypatch, whole, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("td3", tmp_path / "run")
+    train("td3", tmp_path / "run")
+    assert not differences(tmp_path / "run", whole("td3"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_needs_no_flag_but_the_folder(name, program, whole, tmp_path):
+    train(name, tmp_path / "run", total_timesteps=60)
+    change(tmp_path / "run", step=60)
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    refused = program(name, ["--run-dir", str(tmp_path / "run"), "--resume", "--gamma", "0.5"])
+    assert refused.returncode == 2 and "--gamma 0.99 is now 0.5" in sentence(refused.stderr)
+    more = ["--total-timesteps", "90", "--threads", "1", "--eval-every", "30"]
+    assert program(name, ["--run-dir", str(tmp_path / "run"), "--resume", *more]).returncode == 0
+    now = json.loads((tmp_path / "run/args.json").read_text())
+    assert now["step"] == 90 and now["args"] == args["args"] | {
+        "total_timesteps": 90, "eval_every": 30, "resume": True}  # fmt: skip
+    assert same(stored(checkpoint(tmp_path / "run")), stored(checkpoint(whole(name, total_timesteps=90))))
+
+
+def test_a_flag_that_a_script_has_got_since_then_takes_its_default(monkeypatch, tmp_path, capsys):
+    """As when somebody adds --bonus to a copy of a script: its older runs can be used and go on."""
+    td3 = script("td3")
+    run = train("td3", tmp_path / "run", total_timesteps=40)
+    wider = dataclasses.make_dataclass("Args", [("bonus", float, 0.5)], bases=(td3.Args,))
+    wider.__module__ = td3.Args.__module__
+    monkeypatch.setattr(inspect, "getfile", lambda cls: td3.__file__)
+    assert load_run(run, wider)[0].bonus == 0.5
+    args = parse_args(wider, td3.PRESETS, ["--run-dir", str(run), "--resume", "--total-timesteps", "60"])
+    assert args.batch_size == 8
+    td3.train(args)
+    assert checkpoint(run)["step"] == 60 and checkpoint(run)["args"]["bonus"] == 0.5
+
+
+def test_a_path_may_begin_with_the_home_directory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train("td3", "~/runs/a", total_timesteps=0)
+    assert (tmp_path / "runs/a/policy.pt").exists() and not (tmp_path / "~").exists()
+    assert script("td3").load_policy("~/runs/a")(np.zeros((1, 3))).shape == (1, 1)
+    common.evaluate.main(common.evaluate.Args("~/runs/a", episodes=2, video=Path("~/a.gif")))
+    assert (tmp_path / "a.gif").exists()
+
+
+def test_the_policy_of_the_best_evaluation_is_kept(monkeypatch, tmp_path, capsys):
+    """The evaluations at 0, 20, 40 and 60 get -5, -1, -3 and -2."""
+    returns, real = iter([-5.0, -1.0, -3.0, -2.0]), common.run.evaluate
+    result = common.evaluate.Evaluation(np.zeros(1), np.ones(1), False, np.zeros((1, 3)))
+    results = (dataclasses.replace(result, returns=np.array([value])) for value in returns)
+    monkeypatch.setattr(common.run, "evaluate", lambda *args, **kwargs: next(results))
+    run = train("td3", tmp_path / "run", total_timesteps=20)
+    at_20 = checkpoint(run)["actor"]
+    train("td3", run, resume=True, total_timesteps=60)
+    best, last = (torch.load(run / name, weights_only=True) for name in (BEST, POLICY))
+    assert same(best["actor"], at_20) and same(last["actor"], checkpoint(run)["actor"])
+    assert best["step"] == 20 and last["step"] == 60 and not same(best["actor"], last["actor"])
+    monkeypatch.setattr(common.run, "evaluate", real)
+    obs = np.ones((2, 3), np.float32)
+    assert (script("td3").load_policy(run / BEST)(obs) != script("td3").load_policy(run)(obs)).any()
+    for best in (True, False):
+        common.evaluate.main(common.evaluate.Args(str(run), episodes=2, best=best))
+    said = re.findall(r"return (.*) over", capsys.readouterr().out)
+    assert len(set(said)) == 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_policy_is_small_whatever_the_buffer_holds(name, tmp_path):
+    run = train(name, tmp_path, buffer_size=5000)
+    parts = set(torch.load(run / POLICY, weights_only=True))
+    assert not {"env", "buffer", "real", "imagined", "critic_opt", "held_out"} & parts and "actor" in parts
+
+
+@pytest.mark.parametrize("name, plan", [*((name, False) for name in SCRIPTS), ("maac_sac", True)])
+def test_a_policy_takes_one_observation_or_many_of_any_kind(name, plan, whole):
+    policy = script(name).load_policy(whole(name), plan=plan)
+    for dtype in (np.float32, np.float64):
+        assert policy(np.zeros((4, 3), dtype)).shape == (4, 1)
+        one = policy(np.zeros(3, dtype))
+        assert one.shape == (1,) and one.dtype == np.float32
+
+
+@pytest.mark.parametrize("large", ["buffer_size", "batch_size"])
+def test_too_little_memory_names_the_flag_that_is_large(large, program, tmp_path):
+    failed = program("td3", tiny("td3", run_dir=tmp_path / "run", **{large: 10**13}))
+    assert failed.returncode == 2 and f"--{large.replace('_', '-')} {10**13}" in sentence(failed.stderr)
+
+
+@pytest.mark.parametrize("display", ["", ":17", None])
+def test_mujoco_draws_whatever_display_says(display, tmp_path):
+    """An empty one, one that is gone, none: EGL is tried before anybody is told to install it."""
+    run = train("td3", tmp_path / "run", env_id="InvertedPendulum-v4", total_timesteps=0)
+    drawing = ("DISPLAY", "MUJOCO_GL", "SDL_VIDEODRIVER")
+    surroundings = {name: value for name, value in os.environ.items() if name not in drawing}
+    surroundings |= {} if display is None else {"DISPLAY": display}
+    argv = ["-m", "common.evaluate", run, "--episodes", "2", "--video", tmp_path / "a.gif"]
+    drawn = finished(argv, cwd=ROOT, env=surroundings)
+    if not (tmp_path / "a.gif").exists():
+        assert "EGL" in sentence(drawn.stderr)
