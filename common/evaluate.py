@@ -104,7 +104,7 @@ def film(policy, env_id, path, seed=0, max_steps=MAX_STEPS):
     rate = env.metadata.get("render_fps") or 25  # frames a second
     frames, total, steps, done, every = [frame], 0.0, 0, False, int(np.ceil(rate / 25))
     length = min(env.spec.max_episode_steps or max_steps, max_steps)
-    with tqdm(total=length, unit="step", desc="drawing", leave=False) as bar:
+    with tqdm(total=length, unit="step", desc="drawing", leave=False, disable=None) as bar:  # in a terminal
         while not done and steps < max_steps:
             obs, reward, terminated, truncated, _ = call(env_id, env.step, policy(obs))
             steps, total, done = steps + 1, total + float(reward), terminated or truncated

@@ -1,5 +1,7 @@
 """What learning costs on this machine: python -m tests.speed [--quick] [--threads N] [--device cuda]
 
+With --tiny everything is measured once with networks of a few units, which says nothing but that it works.
+
 Times are those of the scripts' own `update` and `train_model` at the paper's sizes on HalfCheetah-v4. What is
 compared runs in turns in one process and the median is shown, so that ratios hold on a busy machine.
 """
@@ -13,9 +15,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -23,13 +23,13 @@ from torch.utils.flop_counter import flop_registry
 import maac_sac
 from common.accelerate import WARM_UP, accelerate
 from common.args import parse_args
-from common.evaluate import Evaluation
 from tests import naive
 from tests.blocks import blocks, fill
-from tests.conftest import ROOT, SCRIPTS, script
+from tests.conftest import ROOT, SCRIPTS, script, tiny
 
 ENV = ["--env-id", "HalfCheetah-v4"]
 CLEANRL = [*ENV, "--actor-hidden", "256", "--critic-hidden", "256", "--batch-size", "256"]
+SIZES = []  # not empty: those of the tests (--tiny)
 
 
 class CountFlop(TorchDispatchMode):
@@ -76,8 +76,12 @@ def matmul_rate(device):
     return 2 * 1024**3 / 1e9 / min(seconds({i: lambda: a @ b for i in range(30)}, 1, device).values())
 
 
+def sizes_of(name):
+    return tiny(name, env_id=ENV[1], eval_every=1000, eval_max_steps=20) if SIZES else []
+
+
 def made(name, device, *argv):
-    functions, inside = blocks(name, [*ENV, *argv], device)
+    functions, inside = blocks(name, [*ENV, *sizes_of(name), *argv], device)
     fill(inside)
     return functions, inside
 
@@ -115,7 +119,7 @@ def rest(name):
     off = ["--updates-per-step", "0", "--learning-starts", "0", "--total-timesteps", "1000"]
     off += {"td3": [], "maac_sac": ["--horizon", "0", "--no-steve", "--real-ratio", "1"]}.get(
         name, ["--model-train-every", "1000000"])  # fmt: skip
-    return run(name, *ENV, *off)[0] / 1000
+    return run(name, *ENV, *sizes_of(name), *off)[0] / 1000
 
 
 def run(name, *argv):
@@ -134,7 +138,8 @@ def run(name, *argv):
 def memory(name, device):
     """Peak memory in MB of a process (on a GPU: of its tensors) that learns at the paper's sizes."""
     command = [sys.executable, "-m", "tests.speed", "--memory", name, "--device", device.type]
-    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    done = subprocess.run(command + ["--tiny"] * bool(SIZES), cwd=ROOT, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 def print_memory(name, device):
@@ -211,7 +216,7 @@ def growth(device, turns):
     print("\nms of an update (MAGE: critic alone) with other sizes")
     for (name, flag), values in series.items():
         jobs = {}
-        for value in values:
+        for value in values[:2] if SIZES else values:
             function = made(name, device, flag, str(value), "--buffer-size", "10000")[0]["update"]
             jobs[value] = function if name == "maac_sac" else lambda f=function: f(False)
         found = seconds(jobs, turns, device)
@@ -220,32 +225,32 @@ def growth(device, turns):
 
 def cleanrl_sizes(device, steps):
     """td3.py with CleanRL's TD3's sizes, one update per step, whole steps per second after the warm-up."""
-    nothing = Evaluation(np.zeros(1), np.zeros(1, int), False)
     counts = ["--learning-starts", "200", "--eval-every", str(steps), "--total-timesteps", str(2 * steps)]
-    with mock.patch("common.run.evaluate", return_value=nothing):
-        _, last = run("td3", *CLEANRL, *counts, "--device", device.type)
+    _, last = run("td3", *CLEANRL, *sizes_of("td3"), *counts, "--eval-episodes", "0", "--device", device.type)
     print(f"\ntd3.py, batch 256, 2 x 256, one update per step: {float(last['steps_per_second']):.0f} steps/s")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns; only MAGE compiled; no growth")
+    parser.add_argument("--tiny", action="store_true", help="one turn of tiny networks: does it work?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", choices=SCRIPTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    SIZES[:] = [True] * args.tiny
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
     if args.memory:
         print_memory(args.memory, device)
         return
-    turns = 3 if args.quick else 9
+    turns = 1 if args.tiny else 3 if args.quick else 9
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, median of {turns} turns")
-    ways = ["none", "compile"] + (["graph"] if device.type == "cuda" else [])
+    ways = ["none"] + ["compile"] * (not args.tiny) + (["graph"] if device.type == "cuda" else [])
     learning(device, turns, ways, ["mage_td3"] if args.quick else SCRIPTS)
-    cleanrl_sizes(device, 300 if args.quick else 1000)
+    cleanrl_sizes(device, 300 if args.quick or args.tiny else 1000)
     if not args.quick:
         growth(device, turns)
 

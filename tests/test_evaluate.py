@@ -29,8 +29,7 @@ def test_a_video_without_a_screen_prints_no_error(tmp_path):
     argv = ["-m", "common.evaluate", run, "--episodes", "2", "--video", tmp_path / "video.gif"]
     environment = {name: value for name, value in os.environ.items() if name not in screen}
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
-    said = re.sub(r"\rdrawing.*|\r *", "", done.stderr)  # a progress bar
-    assert done.returncode == 0 and said == "" and (tmp_path / "video.gif").exists()
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "video.gif").exists()
 
 
 @pytest.mark.parametrize("args", [Args("nowhere"), Args("nowhere", episodes=1)], ids=["folder", "episodes"])

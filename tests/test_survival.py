@@ -1054,7 +1054,8 @@ def test_a_closed_pipe_ends_no_run(closed, whole, tmp_path):
 def test_a_lost_terminal_saves_the_run(whole, tmp_path):
     command = [sys.executable, str(ROOT / "td3.py"), *tiny("td3", run_dir=tmp_path / "run", **NO_ORACLE)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    usual = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started with
+    running = subprocess.Popen(command, cwd=tmp_path, preexec_fn=usual, **pipes)
     running.stdout.readline()
     running.send_signal(signal.SIGHUP)
     said = running.communicate()[1]
