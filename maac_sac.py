@@ -647,7 +647,7 @@ def train(args: Args) -> float:
                 run.record(model_loss=losses.mean(), model_epochs=epochs)
                 if args.real_ratio < 1:
                     n = args.rollouts // args.ensemble_size * args.ensemble_size
-                    for _ in range(round(np.interp(step, GROWTH, (1, args.rollout_growth)))):
+                    for _ in range(int(np.interp(step, GROWTH, (1, args.rollout_growth)))):
                         imagine_data(actor, step_shuffled, real, imagined, n, args.rollout_length)
             # --- learn critic and actor ---
             for _ in range(args.updates_per_step if since > 0 else 0):

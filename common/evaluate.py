@@ -34,7 +34,7 @@ class Evaluation:
 
 def load_state(run_dir):
     """The networks of a run, {name: state_dict}: of its last checkpoint, or those in the file `run_dir`."""
-    path = Path(run_dir).expanduser()
+    path = Path(os.path.expanduser(run_dir))
     path = path if path.is_file() else path / POLICY
     if not path.is_file():
         raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
@@ -180,11 +180,11 @@ def main(args):
     for name, least in (("episodes", 2), ("max_steps", 1)):  # two, for a confidence interval
         if getattr(args, name) < least:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
-    args.video = args.video and args.video.expanduser()
+    args.video = args.video and Path(os.path.expanduser(args.video))
     if args.video and not (args.video.suffix == ".gif" and args.video.absolute().parent.is_dir()
                            and not args.video.is_dir()):
         raise BadInput(f"--video {args.video}: give the name of a GIF file in a folder that exists.")
-    run_dir = Path(args.run_dir).expanduser()
+    run_dir = Path(os.path.expanduser(args.run_dir))
     script, env_id = load_script(run_dir)
     torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     torch.manual_seed(0)  # a planner draws

@@ -25,7 +25,7 @@ POLICY, BEST = "policy.pt", "best.pt"  # networks alone: of the last checkpoint,
 def run_folder(args, script):
     name = args.exp_name or Path(script).stem
     folder = args.run_dir or Path("runs", args.env_id.replace("/", "_"), name, f"seed-{args.seed}")
-    return Path(folder).expanduser()
+    return Path(os.path.expanduser(folder))
 
 
 def read_args(folder, script):
@@ -80,7 +80,7 @@ def write_whole(path, write, keep=None):
 
 def figure_path(output):
     """Where a figure is to be written; BadInput, before any work, if it cannot be there."""
-    path = Path(output).expanduser()
+    path = Path(os.path.expanduser(output))
     if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir() or path.is_dir():
         raise BadInput(f"--output {output}: name a .png, .pdf or .svg file in a folder that exists.")
     return path

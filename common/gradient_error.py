@@ -65,7 +65,7 @@ class Args:
     seeds: int = 4  # of each run
     steps: int = 800  # environment steps with learning, after 200 without
     preset: Literal["paper", "laptop"] = "laptop"  # of the scripts
-    workers: int | None = None  # runs at a time (default: the machine's cores)
+    workers: int | None = None  # runs at a time (default: that of common.benchmark)
 
 
 def make_runs(args):
