@@ -35,9 +35,10 @@ class Evaluation:
 def load_state(run_dir):
     """The networks of a run, {name: state_dict}: of its last checkpoint, or those in the file `run_dir`."""
     path = Path(os.path.expanduser(run_dir))
-    path = path if path.is_file() else path / POLICY
+    path = path if path.suffix == ".pt" else path / POLICY
     if not path.is_file():
-        raise BadInput(f"{path} does not exist: name a run's folder, runs/<env-id>/<script>/seed-<seed>.")
+        fix = "name a run's folder, runs/<env-id>/<script>/seed-<seed>, or let the run go on with --resume"
+        raise BadInput(f"{path} does not exist: {fix}.")
     return read_checkpoint(path)
 
 
