@@ -77,7 +77,7 @@ Of the data:
 - [authors' code] On Hopper 15 and on Ant 25 times as many rollouts are made in the end (`--rollout-growth`;
   their "rollout length" never was a length). [ours] The number grows between steps 20,000 and 100,000 of all.
   Theirs grows between iterations 20 and 100, of 1001 steps each and after 5005 random ones, which is about
-  6000 steps later, and is rounded down.
+  6000 steps later.
 - [ours] Each row is as the environment gave it. In theirs the last of 1001 rows has s in the place of s'.
 
 Of the model:
