@@ -106,7 +106,7 @@ Of planning (`python -m common.evaluate RUN --plan`, table 1):
 - [ours] The action is the tanh of the last mean; theirs is that mean itself, clipped. Our search is bounded
   by the tanh alone; theirs also keeps candidates and deviations within [-1, 1] before it.
 
-python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -109 to -146 at 3000 steps; 4 minutes
+python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -109 to -145 at 3000 steps; 4 minutes
 
 Try this:
 - Give `--horizon 0`: the actor no longer looks through the model. Five seeds reach -200 at steps 1750, 2500,
