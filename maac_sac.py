@@ -128,9 +128,9 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import nn
 
 from common import BadInput
-from common.accelerate import accelerate
+from common.acceleration import accelerate
 from common.args import main, prepare
-from common.envs import Resumable, make_env
+from common.envs import ReplayableEnv, make_env
 from common.evaluate import as_policy, load_run
 from common.rewards import reward_fn, termination_fn
 from common.run import Run
@@ -574,7 +574,7 @@ def load_policy(run_dir, plan=False):
 def train(args: Args) -> float:
     """Trains one agent in one run folder; returns the mean return of its last evaluation."""
     device = prepare(args)
-    env = Resumable(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
+    env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     uses_model = args.horizon > 0 or args.steve or args.real_ratio < 1

@@ -50,7 +50,7 @@ Of the loss:
 - [ours] The target's gradient ∇ₐy holds no parameter that is trained, so it is taken once and detached, and
   only ∇ₐQ is differentiated a second time, for all critics at once. Value and gradient of the loss are those
   of Eq. 8, and the update, in which each member also imagines a share only, is 13.9 times as fast as Eq. 8
-  written as it reads (tests/naive.py).
+  written as it reads (tests/transcription.py).
 - [ours] MAGE-DDPG as above has no noise on the target's action, as DDPG has none. Their DDPG keeps the noise
   of 0.2 (leave out `--target-noise 0` to have it), halves the loss of its one critic, which makes it 2.5
   times ours, and gives that critic PyTorch's usual first weights.
@@ -126,11 +126,11 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 from torch import nn
 
 from common import BadInput
-from common.accelerate import accelerate
+from common.acceleration import accelerate
 from common.args import main, prepare
-from common.envs import Resumable, make_env
+from common.dynamics import dynamics_fn
+from common.envs import ReplayableEnv, make_env
 from common.evaluate import as_policy, load_run
-from common.oracle import dynamics_fn
 from common.rewards import reward_fn, termination_fn
 from common.run import Run
 
@@ -427,7 +427,7 @@ def load_policy(run_dir, plan=False):
 def train(args: Args) -> float:
     """Trains one agent in one run folder; returns the mean return of its last evaluation."""
     device = prepare(args)
-    env = Resumable(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
+    env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see

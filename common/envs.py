@@ -1,6 +1,6 @@
 """Environments whose reward and termination are exact functions of (obs, action, next_obs).
 
-`make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `Resumable` lets a training
+`make_env` is the only way in: flat float32 observations, actions in [-1, 1]. `ReplayableEnv` lets a training
 run stop and go on in mid-episode. The environments of common/tasks.py are registered at the end.
 """
 
@@ -142,7 +142,7 @@ class SeedFirstReset(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-class Resumable(gym.Wrapper):
+class ReplayableEnv(gym.Wrapper):
     """Wraps the training environment so that a stopped run goes on bit for bit, in mid-episode too.
 
     Its state is the random generator as it was just before the last reset, and the actions since: replaying

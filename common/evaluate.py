@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import BadInput, Fault, one_line
 from common.envs import call, make_env
-from common.files import BEST, POLICY, fitting, read_checkpoint
+from common.files import BEST, POLICY, loading, read_checkpoint
 
 MAX_STEPS = 10_000  # an episode without end is cut here
 
@@ -189,7 +189,7 @@ def main(args):
     script, env_id = load_script(run_dir)
     torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
     torch.manual_seed(0)  # a planner draws
-    with fitting(run_dir):
+    with loading(run_dir):
         policy = script.load_policy(run_dir / BEST if args.best else run_dir, plan=args.plan)
     if args.video:
         total, steps = film(policy, env_id, args.video, seed=10**6, max_steps=args.max_steps)

@@ -37,7 +37,7 @@ def read_args(folder, script):
         return {}
 
 
-def claim(folder, resume):
+def lock_folder(folder, resume):
     """A run's folder for this process alone -> its lock, which goes with the process, however that ends."""
     lock = filelock.FileLock(folder / "lock")
     try:
@@ -122,7 +122,7 @@ def read_checkpoint(path):
 
 
 @contextmanager
-def fitting(path):
+def loading(path):
     """What does not fit while parts of a checkpoint are loaded is BadInput."""
     try:
         yield

@@ -146,7 +146,7 @@ def smoothed(values, window):
     return np.where(finite, sums[index] - sums[start], np.nan) / np.maximum(counts[index] - counts[start], 1)
 
 
-def together(seeds, args, name):
+def align_seeds(seeds, args, name):
     """Curves of several seeds at common places -> x (n,), returns (seeds, n)."""
     cut = [s[0] <= (args.last_step or np.inf) for s in seeds]
     curves = [(s[2] / 60 if args.time else s[0], smoothed(s[1], args.smooth)) for s in seeds]
@@ -162,7 +162,7 @@ def together(seeds, args, name):
     return places, values
 
 
-def middle(values, statistic):
+def centre_and_interval(values, statistic):
     """(seeds, n) -> mean or median (n,) and its 95% confidence interval (2, n); NaN with one seed.
 
     Student's t for the mean, 2000 bootstrap samples for the median.
@@ -209,7 +209,7 @@ def main(args):
     least = max(1, *(seed[0][0] for runs in found.values() for seeds in runs.values() for seed in seeds))
     if args.last_step is not None and args.last_step < least:
         raise BadInput(f"--last-step {args.last_step}: give at least {least:.0f}, where all curves are.")
-    found = {e: {name: together(s, args, name) for name, s in runs.items()} for e, runs in found.items()}
+    found = {e: {name: align_seeds(s, args, name) for name, s in runs.items()} for e, runs in found.items()}
     lowest = min(np.nanmin(values) for runs in found.values() for _, values in runs.values())
     if args.log and lowest <= 0:
         raise BadInput(f"--log: {args.column} goes down to {lowest:.4g}: leave it out.")
@@ -223,7 +223,7 @@ def main(args):
     for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
         far, floor, ceiling = 0.0, np.inf, -np.inf
         for name, (x, values) in runs.items():
-            line, (low, high) = middle(values, args.statistic)
+            line, (low, high) = centre_and_interval(values, args.statistic)
             far, n, mean = max(far, x[-1]), len(values), values.mean(0)
             floor, ceiling = min(floor, np.nanmin(values)), max(ceiling, np.nanmax(values))
             # A value between two gaps makes no line.

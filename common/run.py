@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import BadInput, Fault, files, say
 from common.args import flag
 from common.evaluate import as_policy, evaluate
-from common.oracle import usefulness
+from common.true_gradients import gradient_quality
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
 MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device", "threads",
@@ -61,7 +61,7 @@ class Run:
 
     def open(self, at_the_end):
         at_the_end(self.state["env"].close)
-        at_the_end(files.claim(self.folder, self.args.resume).release)
+        at_the_end(files.lock_folder(self.folder, self.args.resume).release)
         if self.args.resume and files.newest(self.folder):
             self.load()
         elif self.args.resume:
@@ -196,7 +196,7 @@ class Run:
         self.last_return, spread = float(result.returns.mean()), float(result.returns.std())
         row = dict(step=self.step, return_mean=f"{self.last_return:.4f}", return_std=f"{spread:.4f}",
                    length_mean=float(result.lengths.mean()), seconds=f"{self.elapsed():.1f}")  # fmt: skip
-        row |= usefulness(actor, critic, args.env_id, args.gamma, result.starts)
+        row |= gradient_quality(actor, critic, args.env_id, args.gamma, result.starts)
         self.write_row("eval", row)
         for name, value in row.items():
             self.writer.add_scalar(f"eval/{name}", float(value), self.step)
@@ -253,7 +253,7 @@ class Run:
         changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
         if changed:
             say(f"--resume: {changed}; from here on the numbers may be others.")
-        with files.fitting(path):
+        with files.loading(path):
             for name, part in self.state.items():
                 part.load_state_dict(whole[name])
         for name in ("seconds", *SAVED):

@@ -11,7 +11,7 @@ import torch
 from gymnasium.spaces import Box
 
 from common.args import flag, parse_args
-from common.envs import Resumable
+from common.envs import ReplayableEnv
 from common.rewards import REWARDS, TERMINATIONS
 
 torch.set_num_threads(1)  # as in the scripts: small networks are fastest on one
@@ -108,7 +108,7 @@ def register(monkeypatch):
         ids.append(f"test/Env{len(ids)}-v0")
         gym.register(ids[-1], make)
         if known:
-            monkeypatch.setattr(Resumable, "COMPARED", 0)  # what they pay is not what this says
+            monkeypatch.setattr(ReplayableEnv, "COMPARED", 0)  # what they pay is not what this says
             monkeypatch.setitem(REWARDS, ids[-1], lambda obs, action, next_obs: obs[..., 0])
             monkeypatch.setitem(TERMINATIONS, ids[-1], lambda next_obs: next_obs[..., 0] > 1e6)
         return ids[-1]
@@ -126,5 +126,5 @@ def planned(register):
 @pytest.fixture(autouse=True)
 def no_oracle_in_evaluations(request, monkeypatch):
     """A critic's usefulness takes a third of a second at each evaluation: only where it is the subject."""
-    if "usefulness" not in request.node.name:
-        monkeypatch.setattr("common.run.usefulness", lambda *args: {})
+    if "gradient_quality" not in request.node.name:
+        monkeypatch.setattr("common.run.gradient_quality", lambda *args: {})

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import maac_sac
-from common.accelerate import WARM_UP, accelerate
+from common.acceleration import WARM_UP, accelerate
 from common.args import parse_args
-from tests import naive
-from tests.blocks import blocks, fill
 from tests.conftest import ROOT, SCRIPTS, script, tiny
+from tests.inner_functions import fill, inner_functions
+from tests.transcription import mage_terms
 
 ENV = ["--env-id", "HalfCheetah-v4"]
 CLEANRL = [*ENV, "--actor-hidden", "256", "--critic-hidden", "256", "--batch-size", "256"]
@@ -81,14 +81,14 @@ def sizes_of(name):
 
 
 def made(name, device, *argv):
-    functions, inside = blocks(name, [*ENV, *sizes_of(name), *argv], device)
+    functions, inside = inner_functions(name, [*ENV, *sizes_of(name), *argv], device)
     fill(inside)
     return functions, inside
 
 
 def transcription(v):
-    """MAGE's critic update as it reads (tests/naive.py): an ordinary backward pass through everything, small
-    updates of each parameter. v: what `update` closes over."""
+    """MAGE's critic update as it reads (tests/transcription.py): an ordinary backward pass through all of it,
+    small updates of each parameter. v: what `update` closes over."""
     args, critic, target = v["args"], v["critic"], v["critic_target"]
     obs = v["buffer"].sample(args.batch_size)[0]
     with torch.no_grad():
@@ -96,7 +96,7 @@ def transcription(v):
     member = torch.randint(args.ensemble_size, (len(obs),), device=obs.device)
     noise = torch.randn_like(obs), 0.2 * torch.randn_like(action)
     nets = (critic, v["actor_target"], target, v["model"], v["reward_of"], v["terminated_at"])
-    terms = naive.mage_terms(*nets, obs, action, member, *noise, args.gamma)
+    terms = mage_terms(*nets, obs, action, member, *noise, args.gamma)
     v["critic_opt"].zero_grad()
     (terms[0] + args.lam * terms[1]).backward()
     torch.nn.utils.clip_grad_value_(critic.parameters(), 5.0)

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dyna_td3
 import mage_td3
 import td3
+from common.dynamics import dynamics_fn
 from common.envs import make_env
-from common.oracle import dynamics_fn
 from common.rewards import reward_fn, termination_fn
-from tests import naive
+from tests.transcription import mage_terms
 
 GAMMA, B, K = 0.97, 24, 4
 
@@ -61,7 +61,7 @@ class Setting:
         nets = (self.critic, self.actor_target, self.critic_target, self.model)
         noise = (self.member, self.model_noise, self.target_noise)
         known = (self.reward_of, self.terminated_at)
-        return naive.mage_terms(*nets, *known, self.obs, self.action, *noise, GAMMA)
+        return mage_terms(*nets, *known, self.obs, self.action, *noise, GAMMA)
 
 
 def gradients(loss, module):

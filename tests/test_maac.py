@@ -14,7 +14,7 @@ from torch.distributions.transforms import TanhTransform
 
 import maac_sac
 from common import BadInput
-from common.oracle import double_integrator_cost, dynamics_fn
+from common.dynamics import double_integrator_cost, dynamics_fn
 from common.rewards import reward_fn
 from tests.conftest import checkpoint, stored, train
 

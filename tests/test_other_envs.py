@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import maac_sac
 from common import BadInput
-from common.envs import Resumable, make_env
+from common.envs import ReplayableEnv, make_env
 from common.evaluate import evaluate, film
 from tests.conftest import SCRIPTS, checkpoint, stored, train
 
@@ -166,7 +166,7 @@ def test_arrays_that_make_env_returns_belong_to_the_caller(register):
 @pytest.mark.parametrize("env", [Walk, OldGenerator, OwnGenerator])
 def test_the_seed_reaches_the_environments_own_generator(env, register):
     def starts(seed):
-        made = Resumable(make_env(env_id, seed=seed))
+        made = ReplayableEnv(make_env(env_id, seed=seed))
         return [made.reset()[0].tolist() for _ in range(3)]
 
     env_id = register(env)
@@ -205,14 +205,14 @@ def test_a_run_goes_on_whatever_the_environment(name, env, exact, register, tmp_
 
 
 def test_an_episode_too_long_to_be_replayed_is_given_up(register, monkeypatch, capsys):
-    monkeypatch.setattr(Resumable, "LONGEST", 20)
-    env = Resumable(make_env(env_id := register(Endless), seed=0))
+    monkeypatch.setattr(ReplayableEnv, "LONGEST", 20)
+    env = ReplayableEnv(make_env(env_id := register(Endless), seed=0))
     env.reset()
     for _ in range(30):
         env.step(np.ones(2))
     state = env.state_dict()
     assert len(state["actions"]) == 20
-    resumed = Resumable(make_env(env_id, seed=0))
+    resumed = ReplayableEnv(make_env(env_id, seed=0))
     resumed.load_state_dict(state)
     assert "given up after 30 steps" in capsys.readouterr().err
     resumed.step(np.ones(2))

@@ -60,7 +60,7 @@ def test_curves_are_compared_where_all_seeds_are(capsys):
     args = common.plot.Args([])
     two = (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))
     seeds = [[np.array(x, float) for x in (s, r, s)] for s, r in two]
-    x, values = common.plot.together(seeds, args, "name")
+    x, values = common.plot.align_seeds(seeds, args, "name")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1], [4, 6]]
     assert capsys.readouterr().err == "name: drawn until step 10, where one seed ends, not 20\n"
 
@@ -120,17 +120,17 @@ def test_the_running_mean_looks_back_only():
 
 def test_the_median_is_not_moved_by_one_seed():
     values = np.array([[1.0], [2.0], [3.0], [4.0], [1000.0]])
-    line, (low, high) = common.plot.middle(values, "median")
+    line, (low, high) = common.plot.centre_and_interval(values, "median")
     assert line == 3 and 1 <= low <= 2 and high > 4
-    line, (low, high) = common.plot.middle(np.array([[1.0], [3.0]]), "mean")
+    line, (low, high) = common.plot.centre_and_interval(np.array([[1.0], [3.0]]), "mean")
     assert line == 2 and high - 2 == pytest.approx(12.71)
 
 
 def test_curves_are_cut_smoothed_and_drawn_against_minutes():
     seeds = [[np.array(x, float) for x in ([0, 10, 20], [0, 2, 8], [0, 60, 120])]]
-    x, values = common.plot.together(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
+    x, values = common.plot.align_seeds(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1]]
-    x, values = common.plot.together(seeds, common.plot.Args([], time=True), "a")
+    x, values = common.plot.align_seeds(seeds, common.plot.Args([], time=True), "a")
     assert (x[0], x[-1]) == (0, 2) and values[0, [0, -1]].tolist() == [0, 8]
     np.testing.assert_allclose(values[0], np.where(x < 1, 2 * x, 6 * x - 4))
 
@@ -139,11 +139,11 @@ def test_intervals_are_of_95_percent():
     """Student's t from a printed table; for the median of nine, binomial: the second value has 3.0% below."""
     for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (31, 2.042), (101, 1.984)):
         values = np.random.default_rng(n).normal(size=(n, 1))
-        _, (low, high) = common.plot.middle(values, "mean")
+        _, (low, high) = common.plot.centre_and_interval(values, "mean")
         half = t * values.std(ddof=1) / np.sqrt(n)
         assert (high - low)[0] / 2 == pytest.approx(half, rel=0.015)
         assert (high + low)[0] / 2 == pytest.approx(values.mean())
-    line, (low, high) = common.plot.middle(np.arange(1.0, 10)[:, None], "median")
+    line, (low, high) = common.plot.centre_and_interval(np.arange(1.0, 10)[:, None], "median")
     assert (line, low, high) == (5, 2, 8)
 
 
@@ -371,7 +371,7 @@ def test_the_median_of_long_curves_takes_little_memory():
     values = np.random.default_rng(1).normal(size=(10, 1001)).cumsum(1)
     draws = np.random.default_rng(0).integers(10, size=(2000, 10))
     tracemalloc.start()
-    line, interval = common.plot.middle(values, "median")
+    line, interval = common.plot.centre_and_interval(values, "median")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 80e6  # all samples at once are 160 MB, and a copy

@@ -18,10 +18,11 @@ from tests.conftest import TINY as SIZES
 TINY = {name: value for name, value in SIZES.items() if name != "env_id"} | {"eval_max_steps": 20}
 PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local"}  # what a reader fills in
 # They change files, or are run by a test of their own, or are this.
-NOT_HERE = ("-m pytest", "-m tests.test_", "tests/record_pusher.py", "-O", "-m common.gradient_error")
+NOT_HERE = ("-m pytest", "-m tests.test_", "tests/record_pusher.py", "-O", "experiments.mage_gradients")
+LOOKS = ("cheetah_on_its_back", "pusher_at_its_limits", "final_critics")  # programs that look at a run
 SOURCES = ["README.md", "tests/reference/README.md", *(f"{name}.py" for name in SCRIPTS)]
 SOURCES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "common").rglob("*.py"))
-SOURCES += ["tests/speed.py", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("look_at_*.py"))]
+SOURCES += ["tests/speed.py", *(f"tests/{name}.py" for name in LOOKS)]
 
 
 def commands(text):
@@ -39,8 +40,8 @@ ALL = sorted(command for command in FOUND if not any(part in command for part in
 def test_commands_are_found():
     assert len(ALL) > 25
     for part in ("mage_td3.py", "maac_sac.py --horizon 0", "common.plot", "common.benchmark",
-                 "common.evaluate", "common.horizon_error", "tests.speed",
-                 "tests.look_at_cheetah"):  # fmt: skip
+                 "common.evaluate", "common.experiments.maac_horizon", "tests.speed",
+                 "tests.cheetah_on_its_back"):  # fmt: skip
         assert any(part in command for command in ALL), part
 
 
@@ -60,11 +61,11 @@ def small(argv):
     """The command at a tiny size."""
     name = argv[1] if argv[0] == "-m" else argv[0]
     argv = [PLACES.get(word, word) for word in argv]
-    runs = {"look_at_cheetah": "runs/HalfCheetah-v4/maac_sac/seed-0",
-            "look_at_pusher": "runs/Pusher-v4/mage_td3/seed-0"}  # fmt: skip
+    runs = {"cheetah_on_its_back": "runs/HalfCheetah-v4/maac_sac/seed-0",
+            "pusher_at_its_limits": "runs/Pusher-v4/mage_td3/seed-0"}  # fmt: skip
     run = runs.get(name.rpartition(".")[2], "runs/Pendulum-v1/maac_sac/seed-0")
     argv = [run if word in ("RUN", "RUN_FOLDER", "RUN_FOLDERS") else word for word in argv]
-    if name.startswith("tests.look_at"):
+    if name.removeprefix("tests.") in LOOKS:
         last = "runs/Pendulum-v1/mage_td3/seed-0" if name.endswith("critics") else run
         return argv[:2] + [last]
     script = name.removesuffix(".py")
@@ -78,7 +79,8 @@ def small(argv):
     if name == "tests.speed":
         return [*argv[:2], "--tiny"]
     more = {"common.evaluate": "--episodes 2 --max-steps 20",
-            "common.horizon_error": "--seeds 1 --steps 30 --horizon 3 --critic-updates 5"}  # fmt: skip
+            "common.experiments.maac_horizon":
+                "--seeds 1 --steps 30 --horizon 3 --critic-updates 5"}  # fmt: skip
     return argv + more.get(name, "").split()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common import BadInput
+from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
-from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import REWARDS, TERMINATIONS, reward_fn, termination_fn
 
 torch.set_num_threads(1)

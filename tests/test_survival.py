@@ -35,7 +35,7 @@ import common.files
 import common.run
 from common import BadInput
 from common.args import main, parse_args
-from common.envs import Resumable
+from common.envs import ReplayableEnv
 from common.evaluate import load_run
 from common.files import BEST, NEWEST, POLICY, PREVIOUS, newest, read_checkpoint
 from common.rewards import REWARDS
@@ -303,8 +303,8 @@ def test_a_signal_to_the_program(number, whole, tmp_path):
 
 MOMENTS = {  # from which step on, during what
     "first evaluation": (0, common.run, "evaluate"),
-    "step": (35, Resumable, "step"),
-    "reset": (35, Resumable, "reset"),
+    "step": (35, ReplayableEnv, "step"),
+    "reset": (35, ReplayableEnv, "reset"),
     "update": (35, script("td3"), "descend"),
     "evaluation": (35, common.run, "evaluate"),
     "log": (35, common.files, "write_table"),

@@ -12,10 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.accelerate import WARM_UP, Graphed, accelerate
+from common.acceleration import WARM_UP, Graphed, accelerate
 from common.rewards import reward_fn, termination_fn
-from tests.blocks import blocks
 from tests.conftest import DYNA, SCRIPTS, TD3, checkpoint, script, tiny, train
+from tests.inner_functions import inner_functions
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
@@ -52,7 +52,7 @@ def without_foreach(monkeypatch):
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "Pusher-v4", "Hopper-v4", "Humanoid-v4"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_update_waits_for_the_device(name, env_id, without_foreach):
-    functions, _ = blocks(name, tiny(name, env_id=env_id, batch_size=16), torch.device("meta"))
+    functions, _ = inner_functions(name, tiny(name, env_id=env_id, batch_size=16), torch.device("meta"))
     assert len(functions) == (2 if name in DYNA else 1)
     for block, function in functions.items():
         for flags in [(False,), (True,)] if block == "update" and name in TD3 else [()]:

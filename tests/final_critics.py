@@ -1,4 +1,4 @@
-"""How useful the critics are that runs ended with, as CSV: python -m tests.look_at_critics RUN_FOLDERS
+"""How useful the critics are that runs ended with, as CSV: python -m tests.final_critics RUN_FOLDERS
 
 For runs of the TD3 family on Pendulum-v1: what the last line of their eval.csv says too, measured as the code
 does it now.
@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from common.evaluate import as_policy, evaluate
-from common.gradient_error import load_networks
-from common.oracle import usefulness
+from common.experiments.mage_gradients import load_networks
 from common.run import EVAL_SEED
+from common.true_gradients import gradient_quality
 
 
 def main(folders):
@@ -21,7 +21,7 @@ def main(folders):
     for number, folder in enumerate(map(Path, folders)):
         args, actor, critic = load_networks(folder)
         result = evaluate(as_policy(actor), args["env_id"], 10, seed=EVAL_SEED + args["seed"])
-        row = usefulness(actor, critic, args["env_id"], args["gamma"], result.starts)
+        row = gradient_quality(actor, critic, args["env_id"], args["gamma"], result.starts)
         if number == 0:
             table.writerow(["run", "seed", "return_mean", *row])
         table.writerow([folder.parent.name, args["seed"], f"{result.returns.mean():.4f}", *row.values()])

@@ -1,6 +1,6 @@
 """How wrong are the action-gradients of a critic? Figures 3 and 5 and Proposition 3.1 of the MAGE paper.
 
-    python -m common.gradient_error -o gradient_error.png
+    python -m common.experiments.mage_gradients -o mage_gradients.png
 
 Runs the scripts on Pendulum-v1, whose true gradients are known, and draws what their eval.csv says of them:
 
@@ -35,13 +35,13 @@ from common import BadInput, benchmark
 from common.envs import make_env
 from common.evaluate import load_state
 from common.files import figure_path, write_table, write_whole
-from common.oracle import action_gradients, critic_gradients
+from common.true_gradients import action_gradients, critic_gradients
 
 try:
     import mage_td3
 except ModuleNotFoundError:
     scripts = "td3.py, dyna_td3.py and mage_td3.py"
-    print(f"error: common.gradient_error needs {scripts} beside common/.", file=sys.stderr)
+    print(f"error: common.experiments.mage_gradients needs {scripts} beside common/.", file=sys.stderr)
     sys.exit(2)
 
 matplotlib.use("Agg")  # no screen is needed
@@ -61,7 +61,7 @@ COLUMNS = ("step", "gradient_cosine", "gradient_error", "gradient_l1", "gradient
 
 @dataclass
 class Args:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("gradient_error.png")  # the figure
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("mage_gradients.png")  # the figure
     seeds: int = 4  # of each run
     steps: int = 800  # environment steps with learning, after 200 without
     preset: Literal["paper", "laptop"] = "laptop"  # of the scripts
@@ -202,7 +202,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, prog="python -m common.gradient_error"))
+        main(tyro.cli(Args, prog="python -m common.experiments.mage_gradients"))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

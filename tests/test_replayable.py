@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from common import Fault
-from common.envs import Resumable, make_env
+from common.envs import ReplayableEnv, make_env
 from common.rewards import REWARDS, TERMINATIONS
 from tests.test_training import same
 
 
 def drive(env, rng, steps):
-    """What `steps` random steps of a Resumable give, with resets where an episode ends."""
+    """What `steps` random steps of a ReplayableEnv give, with resets where an episode ends."""
     seen = []
     for _ in range(steps):
         if env.obs is None:
@@ -36,10 +36,10 @@ def saved_and_loaded(state):
 @pytest.mark.parametrize("steps", [1, 57, 333])
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Pusher-v4", "Pendulum-v1"])
 def test_a_resumed_environment_goes_on_bit_for_bit(env_id, steps):
-    env, rng = Resumable(make_env(env_id, seed=7)), np.random.default_rng(0)
+    env, rng = ReplayableEnv(make_env(env_id, seed=7)), np.random.default_rng(0)
     drive(env, rng, steps)
     state = saved_and_loaded(env.state_dict())
-    resumed = Resumable(make_env(env_id, seed=8))
+    resumed = ReplayableEnv(make_env(env_id, seed=8))
     drive(resumed, np.random.default_rng(1), 5)  # whatever it did before is forgotten
     resumed.load_state_dict(state)
     assert np.array_equal(resumed.obs, env.obs) and same(resumed.state_dict(), env.state_dict())
@@ -50,16 +50,16 @@ def test_a_resumed_environment_goes_on_bit_for_bit(env_id, steps):
 
 
 def test_resuming_an_episode_that_was_reset_with_a_seed():
-    env = Resumable(make_env("Hopper-v4"))
+    env = ReplayableEnv(make_env("Hopper-v4"))
     env.reset(seed=11)
     drive(env, np.random.default_rng(0), 5)
-    resumed = Resumable(make_env("Hopper-v4"))
+    resumed = ReplayableEnv(make_env("Hopper-v4"))
     resumed.load_state_dict(saved_and_loaded(env.state_dict()))
     assert np.array_equal(env.obs, resumed.obs) and np.array_equal(env.reset()[0], resumed.reset()[0])
 
 
 def test_recorded_actions_are_copies():
-    env, resumed = (Resumable(make_env("Pendulum-v1", seed=0)) for _ in range(2))
+    env, resumed = (ReplayableEnv(make_env("Pendulum-v1", seed=0)) for _ in range(2))
     env.reset()
     action = np.ones(1, np.float32)
     for value in (1.0, -1.0, 0.3):
@@ -77,19 +77,19 @@ def test_recorded_actions_are_copies():
 def test_a_function_that_says_something_else_than_the_environment_is_found(known, wrong, monkeypatch):
     monkeypatch.setitem(known, "Hopper-v4", wrong)
     with pytest.raises(Fault, match="of common/rewards.py says .* where Hopper-v4 gives"):
-        drive(Resumable(make_env("Hopper-v4", seed=0)), np.random.default_rng(0), 1)
+        drive(ReplayableEnv(make_env("Hopper-v4", seed=0)), np.random.default_rng(0), 1)
 
 
 @pytest.mark.parametrize("env_id", REWARDS)
 def test_the_functions_we_have_say_what_the_environment_says(env_id):
-    env = Resumable(make_env(env_id, seed=0))
-    drive(env, np.random.default_rng(0), Resumable.COMPARED + 1)
+    env = ReplayableEnv(make_env(env_id, seed=0))
+    drive(env, np.random.default_rng(0), ReplayableEnv.COMPARED + 1)
     assert env._left == 0
 
 
 def test_an_environment_named_with_its_module_is_compared_and_one_without_functions_is_not(monkeypatch):
     env_id = "gymnasium:MountainCarContinuous-v0"
-    drive(Resumable(make_env(env_id, seed=0)), np.random.default_rng(0), 2)
+    drive(ReplayableEnv(make_env(env_id, seed=0)), np.random.default_rng(0), 2)
     monkeypatch.setitem(REWARDS, env_id, REWARDS["InvertedPendulum-v4"])
     with pytest.raises(Fault, match="one of common/rewards.py"):
-        drive(Resumable(make_env(env_id, seed=0)), np.random.default_rng(0), 1)
+        drive(ReplayableEnv(make_env(env_id, seed=0)), np.random.default_rng(0), 1)

@@ -8,19 +8,21 @@ import sys
 import numpy as np
 import pytest
 
-from common import gradient_error, oracle
+from common import true_gradients
 from common.args import parse_args
 from common.envs import make_env
+from common.experiments import mage_gradients
 from tests.conftest import ROOT, checkpoint, script, tiny
 from tests.test_training import table
-from tests.test_usefulness import trained
+from tests.test_true_gradients import trained
 
 
 @pytest.fixture
 def small_runs(monkeypatch, tmp_path):
     """In the place of a sweep its runs in this process, small ones of 40 steps; gives the command lines."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(oracle.action_gradients, "__defaults__", (20, 30))  # steps, tail: they take the time
+    short = (20, 30)  # steps and tail: they take the time
+    monkeypatch.setattr(true_gradients.action_gradients, "__defaults__", short)
     calls = []
 
     def sweep(argv):
@@ -38,21 +40,21 @@ def small_runs(monkeypatch, tmp_path):
         dropped = ("--total-timesteps", "--learning-starts", "--preset", "--eval-every")
         return [w for i, w in enumerate(flags) if w not in dropped and flags[i - 1] not in dropped]
 
-    monkeypatch.setattr(gradient_error.benchmark, "main", sweep)
+    monkeypatch.setattr(mage_gradients.benchmark, "main", sweep)
     return calls
 
 
-def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, capsys):
-    gradient_error.main(gradient_error.Args(tmp_path / "figure.png", seeds=2))
+def test_gradient_quality_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, capsys):
+    mage_gradients.main(mage_gradients.Args(tmp_path / "figure.png", seeds=2))
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "figure.csv").open()))
     assert len(rows) == 5 * 2 * 5  # runs, seeds, evaluations
-    for name in gradient_error.RUNS:
+    for name in mage_gradients.RUNS:
         for seed in (0, 1):
             run = tmp_path / f"runs/Pendulum-v1/{name}_laptop_800_steps/seed-{seed}"
             copied = [row for row in rows if row["run"] == name and row["seed"] == str(seed)]
             for ours, theirs in zip(copied, table(run, "eval"), strict=True):
-                for column in gradient_error.COLUMNS:
+                for column in mage_gradients.COLUMNS:
                     assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
     bounds = list(csv.DictReader((tmp_path / "figure.bounds.csv").open()))
     assert len(bounds) == 10
@@ -62,7 +64,7 @@ def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, c
     for row in bounds:
         if row["run"].startswith("frozen") and row["seed"] == "1":
             nets = trained(tmp_path / f"runs/Pendulum-v1/{row['run']}_laptop_800_steps/seed-1")
-            left, right = gradient_error.proposition(*nets, starts, "Pendulum-v1", 0.99)
+            left, right = mage_gradients.proposition(*nets, starts, "Pendulum-v1", 0.99)
             assert [row["policy_gradient_error"], row["bound"]] == [f"{left:.5g}", f"{right:.5g}"]
     table_printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table_printed) == 6 and float(table_printed[1].split("|")[2]) == pytest.approx(
@@ -73,11 +75,11 @@ def test_usefulness_of_all_critics_is_measured_and_drawn(small_runs, tmp_path, c
     )
 
 
-def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
+def test_gradient_quality_runs_are_those_of_the_paper(small_runs, tmp_path):
     """Frozen actors do not learn, critics do; the others imagine with the truth, and lambda is 0 or not."""
-    gradient_error.main(gradient_error.Args(tmp_path / "figure.png", seeds=1, steps=80))
+    mage_gradients.main(mage_gradients.Args(tmp_path / "figure.png", seeds=1, steps=80))
     settings = {}
-    for name in gradient_error.RUNS:
+    for name in mage_gradients.RUNS:
         folder = tmp_path / f"runs/Pendulum-v1/{name}_laptop_80_steps/seed-0"
         state = checkpoint(folder)
         settings[name] = state["args"]
@@ -101,16 +103,16 @@ def test_usefulness_runs_are_those_of_the_paper(small_runs, tmp_path):
 
 
 def test_the_figure_has_medians_over_seeds_and_errors_over_their_bounds(tmp_path, monkeypatch):
-    columns = {name: np.array([1.0, 10.0]) for name in gradient_error.COLUMNS}
+    columns = {name: np.array([1.0, 10.0]) for name in mage_gradients.COLUMNS}
     seeds = [{name: values * factor for name, values in columns.items()} for factor in (1, 2, 6)]
     for run in seeds:
         run["step"] = np.array([200.0, 210.0])
-    figures, close = [], gradient_error.plt.close
-    monkeypatch.setattr(gradient_error.plt, "close", figures.append)
-    monkeypatch.setattr(gradient_error, "write_whole", lambda *args: None)
-    names, bounds = list(gradient_error.RUNS), [(1.0, 2.0), (3.0, 5.0)]  # (error, bound) of two seeds
-    args = gradient_error.Args(tmp_path / "figure.png")
-    gradient_error.figure(args, dict.fromkeys(names, seeds), dict.fromkeys(names, bounds))
+    figures, close = [], mage_gradients.plt.close
+    monkeypatch.setattr(mage_gradients.plt, "close", figures.append)
+    monkeypatch.setattr(mage_gradients, "write_whole", lambda *args: None)
+    names, bounds = list(mage_gradients.RUNS), [(1.0, 2.0), (3.0, 5.0)]  # (error, bound) of two seeds
+    args = mage_gradients.Args(tmp_path / "figure.png")
+    mage_gradients.figure(args, dict.fromkeys(names, seeds), dict.fromkeys(names, bounds))
     error, cosine, norm, bound = figures[0].axes
     for panel, start in ((error, "frozen"), (cosine, "frozen"), (norm, "mage_ddpg")):
         lines = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
@@ -123,7 +125,7 @@ def test_the_figure_has_medians_over_seeds_and_errors_over_their_bounds(tmp_path
 
 def test_without_the_scripts_it_says_which_it_needs(tmp_path):
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    command = [sys.executable, "-m", "common.gradient_error", "--help"]
+    command = [sys.executable, "-m", "common.experiments.mage_gradients", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "td3.py, dyna_td3.py and mage_td3.py" in done.stderr
@@ -134,7 +136,7 @@ def test_without_the_scripts_it_says_which_it_needs(tmp_path):
     (["-o", "nowhere/x.png"], "--output"), (["-o", "x.txt"], "--output"), (["-o", "."], "--output"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_before_anything_exists(words, named, tmp_path):
-    command = [sys.executable, "-m", "common.gradient_error", *words]
+    command = [sys.executable, "-m", "common.experiments.mage_gradients", *words]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
     )

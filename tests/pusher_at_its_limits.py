@@ -1,4 +1,4 @@
-"""What a policy on Pusher does, and what its model and critic know: python -m tests.look_at_pusher RUN_FOLDER
+"""What a policy on Pusher does, what model and critic know: python -m tests.pusher_at_its_limits RUN_FOLDER
 
 For a run of the TD3 family: ten episodes without noise, from the starts of the evaluations.
 """

@@ -1,4 +1,4 @@
-"""How much of a run on HalfCheetah the robot spent on its back: python -m tests.look_at_cheetah RUN_FOLDER
+"""How much of a HalfCheetah run the robot spent on its back: python -m tests.cheetah_on_its_back RUN_FOLDER
 
 For a run of any script: its ten evaluation episodes without noise, and the data it has learned from; for one
 of maac_sac.py also the entropy of its policy in both, which has a target on the data alone.

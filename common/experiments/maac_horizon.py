@@ -1,6 +1,6 @@
 """Which horizon has the best gradient? Figure 3 and lemma 4.1 of MAAC (Clavera, Fu & Abbeel 2020), measured.
 
-    python -m common.horizon_error -o horizon_error.png
+    python -m common.experiments.maac_horizon -o maac_horizon.png
 
 A linear policy in the double integrator has an exact policy gradient. With the code of maac_sac.py a model
 and a critic are learned for one, and the gradient of the actor's objective by its gain is compared with exact
@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 import maac_sac
 from common import BadInput, Fault
+from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
 from common.files import figure_path, write_table, write_whole
-from common.oracle import double_integrator_cost, dynamics_fn
 from common.rewards import reward_fn, termination_fn
 
 ENV_ID = "DoubleIntegrator-v1"
@@ -57,7 +57,7 @@ class Args:
     steps: int = 125  # transitions to learn from, as many as in the authors' code
     critic_updates: int = 10_000  # of the critic
     horizon: int = 60  # the longest; H goes from 0 to it
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "horizon_error.png"  # the figure
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "maac_horizon.png"  # the figure
 
 
 # --- what is exact ---
@@ -244,7 +244,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, prog="python -m common.horizon_error"))
+        main(tyro.cli(Args, prog="python -m common.experiments.maac_horizon"))
     except (BadInput, Fault) as error:
         print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

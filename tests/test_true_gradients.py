@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
 from common.evaluate import as_policy, evaluate
-from common.gradient_error import proposition
-from common.oracle import (
-    action_gradients,
-    critic_gradients,
-    double_integrator_cost,
-    dynamics_fn,
-    usefulness,
-)
+from common.experiments.mage_gradients import proposition
 from common.rewards import reward_fn
 from common.run import EVAL_SEED
+from common.true_gradients import (
+    action_gradients,
+    critic_gradients,
+    gradient_quality,
+)
 from mage_td3 import Actor, Critic, Normaliser
 from tests.conftest import TD3, checkpoint, train
 from tests.test_training import table
@@ -123,9 +122,9 @@ def test_the_gradient_is_that_of_the_smaller_critic_in_every_state():
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, -1.0, 0.0])
-def test_usefulness_of_critics_that_are_wrong_by_a_factor(scale):
+def test_gradient_quality_of_critics_that_are_wrong_by_a_factor(scale):
     first = starts("DoubleIntegrator-v1").numpy()
-    found = usefulness(LinearActor(), ExactCritic(scale), "DoubleIntegrator-v1", GAMMA, first)
+    found = gradient_quality(LinearActor(), ExactCritic(scale), "DoubleIntegrator-v1", GAMMA, first)
     found = {name: float(value) for name, value in found.items()}
     assert found["gradient_cosine"] == pytest.approx(math.copysign(1, scale) if scale else 0, abs=1e-4)
     assert found["gradient_error"] == pytest.approx(abs(1 - scale), abs=1e-4)
@@ -140,7 +139,7 @@ def test_usefulness_of_critics_that_are_wrong_by_a_factor(scale):
     assert found["true_norm"] == pytest.approx(float(truth.abs().mean((0, 2)).median()), rel=1e-4)
 
 
-def test_usefulness_of_a_trajectory_is_not_that_of_all():
+def test_gradient_quality_of_a_trajectory_is_not_that_of_all():
     """One of three trajectories is chaotic: its critic's error does not count."""
     first = starts("DoubleIntegrator-v1").numpy()
     critic = ExactCritic()
@@ -152,21 +151,21 @@ def test_usefulness_of_a_trajectory_is_not_that_of_all():
         return plain(obs, action) + wrong
 
     critic.forward = forward
-    found = usefulness(LinearActor(), critic, "DoubleIntegrator-v1", GAMMA, first)
+    found = gradient_quality(LinearActor(), critic, "DoubleIntegrator-v1", GAMMA, first)
     assert float(found["gradient_error"]) < 1e-4 and float(found["gradient_cosine"]) > 0.999
 
 
-def test_usefulness_leaves_the_networks_alone():
+def test_gradient_quality_leaves_the_networks_alone():
     actor, critic = (net.float() for net in networks())
     before = [p.clone() for net in (actor, critic) for p in net.parameters()]
-    usefulness(actor, critic, "Pendulum-v1", 0.99, np.ones((2, 3), np.float32))
+    gradient_quality(actor, critic, "Pendulum-v1", 0.99, np.ones((2, 3), np.float32))
     after = [p for net in (actor, critic) for p in net.parameters()]
     for p, q in zip(before, after, strict=True):
         assert torch.equal(p, q) and q.dtype == torch.float32 and q.grad is None
 
 
 @pytest.mark.parametrize("name", TD3)
-def test_usefulness_is_in_every_evaluation_and_changes_nothing(name, tmp_path, monkeypatch):
+def test_gradient_quality_is_in_every_evaluation_and_changes_nothing(name, tmp_path, monkeypatch):
     run = train(name, tmp_path / "with")
     rows = table(run, "eval")
     columns = ("gradient_cosine", "gradient_error", "gradient_l1", "gradient_norm", "true_norm")
@@ -174,8 +173,8 @@ def test_usefulness_is_in_every_evaluation_and_changes_nothing(name, tmp_path, m
     assert len({row["gradient_norm"] for row in rows}) == 4  # the critic has changed
     actor, critic = trained(run)
     first = evaluate(as_policy(actor), "Pendulum-v1", episodes=1, seed=EVAL_SEED).starts
-    assert usefulness(actor, critic, "Pendulum-v1", 0.99, first) == {c: rows[-1][c] for c in columns}
-    monkeypatch.setattr("common.run.usefulness", lambda *args: {})
+    assert gradient_quality(actor, critic, "Pendulum-v1", 0.99, first) == {c: rows[-1][c] for c in columns}
+    monkeypatch.setattr("common.run.gradient_quality", lambda *args: {})
     without = train(name, tmp_path / "without")
     for part in ("actor", "critic"):
         found, expected = checkpoint(run)[part], checkpoint(without)[part]
@@ -184,7 +183,7 @@ def test_usefulness_is_in_every_evaluation_and_changes_nothing(name, tmp_path, m
 
 
 @pytest.mark.parametrize("name, env_id", [("maac_sac", "Pendulum-v1"), ("td3", "ContinuousCartPole-v1")])
-def test_usefulness_needs_an_oracle_and_a_critic_of_rewards(name, env_id, tmp_path):
+def test_gradient_quality_needs_an_oracle_and_a_critic_of_rewards(name, env_id, tmp_path):
     """The soft critic of maac_sac.py has entropy in it, for which there is no truth here."""
     run = train(name, tmp_path / "run", env_id=env_id)
     assert "true_norm" not in table(run, "eval")[0]

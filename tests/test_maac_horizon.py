@@ -15,9 +15,9 @@ import torch
 
 import maac_sac
 from common import BadInput
-from common import horizon_error as he
+from common.dynamics import double_integrator_cost
 from common.envs import make_env
-from common.oracle import double_integrator_cost
+from common.experiments import maac_horizon as he
 from tests.conftest import ROOT
 
 GAMMA = 0.9
@@ -361,7 +361,8 @@ def test_what_cannot_be_is_refused_before_anything_is_made(changes, tmp_path, mo
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "common.horizon_error", "--horizon", "0", "-o", f"{tmp_path}/figure.png"]
+    program = [sys.executable, "-m", "common.experiments.maac_horizon"]
+    command = [*program, "--horizon", "0", "-o", f"{tmp_path}/figure.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
     assert done.stderr == "error: --horizon 0: give at least 1.\n"

@@ -11,7 +11,7 @@ class Ready(Exception):
     """Everything is made, nothing was run."""
 
 
-def blocks(name, argv, device):
+def inner_functions(name, argv, device):
     """-> {function's name: function}, {name: what they close over: args, networks, buffers, optimisers}."""
     module, found = script(name), {}
 
