@@ -124,11 +124,19 @@ def _small(frame):
     return frame[::2, ::2].copy()  # a view would keep the whole frame
 
 
+def _follow(env):
+    """MuJoCo's runners come with a camera "track" that goes with them; the usual one stays where it is."""
+    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+        names = [renderer.model.camera(i).name for i in range(renderer.model.ncam)]
+        renderer.camera_id = names.index("track") if "track" in names else renderer.camera_id
+
+
 def _begin_to_draw(env_id, seed):
     """An environment that draws, its first observation and picture; BadInput if it cannot draw here."""
     by_default = "MUJOCO_GL" not in os.environ
     try:
         env = make_env(env_id, render_mode="rgb_array")
+        _follow(env)
         obs, _ = env.reset(seed=seed)
         frame = env.render()
         if frame is None:

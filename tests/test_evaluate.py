@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import common.evaluate
 from common import BadInput
 from common.evaluate import Args, evaluate, main
 from tests.conftest import ROOT, SCRIPTS, script, train
@@ -30,6 +31,18 @@ def test_a_video_without_a_screen_prints_no_error(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in screen}
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "video.gif").exists()
+
+
+def test_a_video_goes_with_the_robot():
+    env, _, _ = common.evaluate._begin_to_draw("HalfCheetah-v4", 0)
+    parts = []
+    for x in (0, 20):  # metres
+        env.unwrapped.data.qpos[0] = x
+        env.unwrapped.do_simulation(np.zeros(6), 5)
+        red, _, blue = env.render().astype(int).transpose(2, 0, 1)
+        parts.append((red > blue + 40).sum())  # it is brown, the floor and the sky are not
+    env.close()
+    assert min(parts) > 1000 and parts[1] > parts[0] / 2
 
 
 @pytest.mark.parametrize("args", [Args("nowhere"), Args("nowhere", episodes=1)], ids=["folder", "episodes"])
