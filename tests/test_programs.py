@@ -1,4 +1,4 @@
-"""Every command that the README, a header or a program's docstring prints is run, at a tiny size.
+"""Every command that a README, a header or a program's docstring prints is run, at a tiny size.
 
 What stands there is taken as it is, but for its sizes: flags of the tests are added behind, so that they win.
 """
@@ -20,7 +20,7 @@ PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local"}  # wha
 # They change files, or are run by a test of their own, or are this.
 NOT_HERE = ("-m pytest", "-m tests.test_", "tests/record_pusher.py", "-O", "experiments.mage_gradients")
 LOOKS = ("cheetah_on_its_back", "pusher_at_its_limits", "final_critics")  # programs that look at a run
-SOURCES = ["README.md", "tests/reference/README.md", *(f"{name}.py" for name in SCRIPTS)]
+SOURCES = ["README.md", "tests/README.md", "tests/reference/README.md", *(f"{name}.py" for name in SCRIPTS)]
 SOURCES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "common").rglob("*.py"))
 SOURCES += ["tests/speed.py", *(f"tests/{name}.py" for name in LOOKS)]
 

@@ -1,4 +1,4 @@
-"""The README's tables of results say what the files in tests/reference say.
+"""The tables of results in tests/reference/README.md say what the files in tests/reference say.
 
 A table below a comment <!-- laptop/Pendulum-v1 --> is about the runs in that folder, or that file: a row for
 each, a number for each seed. `python -m tests.test_reference --fix` writes the numbers anew.
@@ -13,9 +13,10 @@ import pytest
 from tests.conftest import ROOT
 
 REFERENCE = ROOT / "tests" / "reference"
+TEXT = REFERENCE / "README.md"
 REPAIR = "python -m tests.test_reference --fix"
 TABLE = re.compile(r"<!-- (\S+/\S+) -->\n\n((?:\|.*\n)+)")
-FOLDERS = {  # the first cell of a row, where it is not what tests/reference/README.md calls the run
+FOLDERS = {  # the first cell of a row, where it is not what its folder is called
     "td3.py --updates-per-step 10": "td3_10_updates",
     "STEVE on SAC": "steve",
     "mage_td3.py --lam 0.05 --learned-reward": "mage_learned_reward",
@@ -79,7 +80,7 @@ def numbers(folder, column, seeds):
 
 
 def filled(text):
-    """The README with the numbers of the files."""
+    """The text with the numbers of the files."""
 
     def fill(match):
         folder, table = match.groups()
@@ -95,13 +96,13 @@ def filled(text):
     return TABLE.sub(fill, text)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_files():
-    text = (ROOT / "README.md").read_text()
+def test_the_tables_are_those_of_the_files():
+    text = TEXT.read_text()
     assert len(TABLE.findall(text)) >= 5 and filled(text) == text, f"run {REPAIR}"
 
 
 def test_what_is_wrong_in_a_table_is_found():
-    text = (ROOT / "README.md").read_text()
+    text = TEXT.read_text()
     for right, wrong in (("| -722,", "| -723,"), (" 1250,", " 1500,")):
         assert text.count(right) and filled(text.replace(right, wrong)) == text
     for right, wrong in (("| `td3.py` | -", "| `td2.py` | -"), ("at step 3000 |", "at step 2000 |")):
@@ -112,5 +113,5 @@ def test_what_is_wrong_in_a_table_is_found():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--fix"]:
         sys.exit(f"usage: {REPAIR}")
-    text = (ROOT / "README.md").read_text()
-    (ROOT / "README.md").write_text(filled(text))
+    text = TEXT.read_text()
+    TEXT.write_text(filled(text))

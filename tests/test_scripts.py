@@ -289,7 +289,7 @@ def test_the_programs_beside_the_tests_still_start(name):
 
 
 def test_the_readme_names_tests_that_exist():
-    text, file, names = (ROOT / "README.md").read_text(), None, 0
+    text, file, names = (ROOT / "tests/README.md").read_text(), None, 0
     for found in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
         file = found[0] or file
         if file and found[1]:
