@@ -258,10 +258,10 @@ class Dynamics(nn.Module):
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
-    def sample(self, obs, action, noise):  # (B, ds), (B, da), standard normal (B, ds) -> next_obs (B, ds)
+    def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
         # Rows are i.i.d., so share k through member k is a draw of a random member per row, K times cheaper.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
-        mean, logvar = self(obs_k, action_k)  # (K, B/K, ds)
+        mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
         delta = mean + (logvar / 2).exp() * noise_k  # reparameterised: differentiable in obs and action
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
@@ -315,8 +315,8 @@ def huber(x):
 
 def model_loss(model, obs, action, next_obs):
     """Twice the negative log-likelihood of (K, B, .) without constants, and mean squared error   Eq. 9."""
-    target = model.delta_norm(next_obs - obs)  # (K, B, ds)
-    mean, logvar = model(obs, action)  # (K, B, ds)
+    target = model.delta_norm(next_obs - obs)  # (K, M, ds): M rows for each member
+    mean, logvar = model(obs, action)  # (K, M, ds)
     square = (mean - target) ** 2
     return (square * (-logvar).exp() + logvar).mean(), square.detach().mean()
 
@@ -401,11 +401,11 @@ def train(args: Args) -> float:
 
     def train_model():
         """One step of every member on a batch of its own, and of the reward model if it is learned."""
-        obs, action, reward, next_obs, _ = buffer.sample(args.ensemble_size, MODEL_BATCH)  # (K, B, .)
+        obs, action, reward, next_obs, _ = buffer.sample(args.ensemble_size, MODEL_BATCH)  # (K, M, ds), ...
         loss, error = model_loss(model, obs, action, next_obs)
         log = dict(model_loss=loss, model_error=error, model_grad=descend(model_opt, loss))
         if args.learned_reward:
-            error = reward_model(obs[0], action[0], next_obs[0]) - reward[0]  # (B,)
+            error = reward_model(obs[0], action[0], next_obs[0]) - reward[0]  # (M,)
             loss = (error / reward_model.reward_norm.scale).square().mean()
             log |= dict(reward_loss=loss, reward_grad=descend(reward_opt, loss))
         return log

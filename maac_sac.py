@@ -303,10 +303,10 @@ class Dynamics(nn.Module):
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
-    def sample(self, obs, action, noise):  # (B, ds), (B, da), standard normal (B, ds) -> next_obs (B, ds)
+    def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
         # Rows are i.i.d., so share k through member k is a draw of a random member per row, K times cheaper.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
-        mean, logvar = self(obs_k, action_k)  # (K, B/K, ds)
+        mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
         delta = mean + (logvar / 2).exp() * noise_k  # reparameterised: differentiable in obs and action
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
@@ -351,7 +351,7 @@ def extend(buffer, *columns):
 # --- model learning -----------------------------------------------------------------------------------------
 def model_losses(model, obs, action, next_obs):
     """Twice the negative log-likelihood of each member, without constants: (K, B, .) -> (K,)."""
-    mean, logvar = model(obs, action)  # (K, B, ds)
+    mean, logvar = model(obs, action)  # (K, M, ds): M rows for each member
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 
 
