@@ -1,7 +1,19 @@
-"""What the tests share: the scripts that exist, tiny settings, an environment that follows a plan."""
+"""What the tests share: the scripts that exist, tiny settings, an environment that follows a plan.
 
+With `--script mine.py` the tests run against a copy of a script in which somebody has changed something:
+
+    cp mage_td3.py mine.py
+    python -m pytest -q tests/test_losses.py --script mine.py
+
+mine.py takes the place of the script that it resembles most, and of the shared text of the scripts below.
+"""
+
+import ast
 import dataclasses
 import importlib
+import importlib.util
+import sys
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -29,7 +41,117 @@ TINY = dict(
 )  # fmt: skip
 
 
+# --- a copy in the place of a script ------------------------------------------------------------------------
+FAMILY = pytest.StashKey[str]()  # with --script: the script of which the file is a copy
+
+
+def pytest_addoption(parser):
+    parser.addoption("--script", metavar="FILE", help="test this copy of a script in the script's place")
+
+
+def pytest_configure(config):
+    about = "about(script, *names): what a test looks at, in `script` and wherever the text is the same"
+    config.addinivalue_line("markers", about)
+    if config.option.script:
+        path = Path(config.invocation_params.dir, config.option.script)
+        config.stash[FAMILY] = family = resembled(path)
+        copy = loaded(path, family)
+        for rung in LADDER[: LADDER.index(family) + 1]:  # what the scripts below have is in the copy as well
+            sys.modules[rung] = copy
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        about = item.get_closest_marker("about")
+        lowest, *names = about.args if about else [None]
+        if unknown := [name for name in names if name not in definitions(ROOT / f"{lowest}.py")]:
+            raise pytest.UsageError(f"{item.name} is about {unknown[0]}, which {lowest}.py does not define.")
+        if FAMILY in config.stash and (reason := why_not(item, config.stash[FAMILY], lowest, names)):
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif FAMILY in config.stash:
+            mine = definitions(Path(config.invocation_params.dir, config.option.script))
+            if missing := [name for name in names if name not in mine]:
+                raise pytest.UsageError(
+                    f"{config.option.script} has no {missing[0]}, which {item.name} looks at: "
+                    f"keep the name and its arguments, and change what is inside."
+                )
+
+
+def why_not(item, family, lowest, names):
+    """Why a test says nothing of a copy of the script `family`, or None."""
+    if lowest is None:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        named = parameters.get("name")
+        return None if named == family else f"not about {family}.py" if named else "not about one script"
+    if not names:
+        return None if lowest == family else f"about {lowest}.py"
+    theirs, ours = (definitions(ROOT / f"{name}.py") for name in (lowest, family))
+    for name in names:
+        if name not in ours:
+            return f"about {name}, which {family}.py does not have"
+        if ours[name] != theirs[name]:
+            return f"about the {name} of {lowest}.py; {family}.py has its own"
+    return None
+
+
+def definitions(path):
+    """{name: code} of a script's functions, classes and constants, and of its flags, {"Args.lr": code}."""
+    return definitions_in(path.read_text())
+
+
+@cache
+def definitions_in(source):
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            found |= {x.id: ast.unparse(node) for x in ast.walk(node) if isinstance(x, ast.Name)}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.unparse(node)
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+            found |= {f"Args.{x.target.id}": ast.unparse(x) for x in fields}
+    return found
+
+
+def resembled(path):
+    """The script of which a file is a copy, by the names that it defines, or a sentence that it is none."""
+    try:
+        mine = set(definitions(path))
+    except OSError as error:
+        raise pytest.UsageError(f"--script {path}: the file cannot be read ({error.strerror}).") from None
+    except (SyntaxError, ValueError) as error:
+        reason = getattr(error, "msg", None) or error
+        where = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        raise pytest.UsageError(f"--script {path} is no Python file ({reason}{where}).") from None
+    theirs = {name: set(definitions(ROOT / f"{name}.py")) for name in SCRIPTS}
+    family = max(theirs, key=lambda name: len(mine & theirs[name]) / len(mine | theirs[name]))
+    lacking = [name for name in definitions(ROOT / f"{family}.py") if name not in mine]
+    if 2 * len(lacking) > len(theirs[family]):
+        named = [name for name in lacking if not name.startswith("Args.")][:5]
+        raise pytest.UsageError(
+            f"--script {path} is no copy of a script: it resembles {family}.py most, and lacks "
+            f"{len(lacking)} of the {len(theirs[family])} names there, such as {', '.join(named)}."
+        )
+    return family
+
+
+def loaded(path, name):
+    """The module that a file makes, under the name of the script in whose place it stands."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module  # dataclasses look it up
+    sys.path.append(str(path.parent))  # it may import what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules[name] = before
+        why = f"{type(error).__name__}: {error}"
+        raise pytest.UsageError(f"--script {path} cannot be imported ({why}).") from None
+    return module
+
+
 def script(name):
+    """A script; with --script, the copy that stands in its place."""
     return importlib.import_module(name)
 
 

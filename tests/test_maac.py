@@ -1,4 +1,4 @@
-"""MAAC's parts against differences, a hand computation, a plain SAC, and the linear-quadratic solution."""
+"""MAAC's model, data and planning, and what an update is given; its losses are in test_losses.py."""
 
 import copy
 import inspect
@@ -9,315 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, TransformedDistribution
-from torch.distributions.transforms import TanhTransform
+from torch.distributions import Normal
 
 import maac_sac
 from common import BadInput
-from common.dynamics import double_integrator_cost, dynamics_fn
-from common.rewards import reward_fn
 from tests.conftest import checkpoint, stored, train
+from tests.test_losses import DISCOUNT, DYNAMICS, ExactCritic, LinearActor, networks, true_step
 
-GAMMA, K = 0.9, 4
-DYNAMICS, REWARD = dynamics_fn("DoubleIntegrator-v1"), reward_fn("DoubleIntegrator-v1")
-
-
-class LinearActor(torch.nn.Module):
-    """a = gain . s + std * noise, without the tanh: what the linear-quadratic solution is for."""
-
-    def __init__(self, std=1e-8):
-        super().__init__()
-        self.gain = torch.nn.Parameter(torch.tensor([-0.6, -0.8], dtype=torch.float64))
-        self.std = std
-
-    def forward(self, obs):
-        return obs @ self.gain[:, None]
-
-    def gaussian(self, obs):
-        return self(obs), torch.full_like(obs[:, :1], self.std)
-
-    def sample(self, obs):
-        mean, std = self.gaussian(obs)
-        action = mean + std * torch.randn_like(mean)
-        return action, Normal(mean, std).log_prob(action).sum(-1)
-
-
-class ExactCritic(torch.nn.Module):
-    """Q of a linear policy in the double integrator, twice."""
-
-    def __init__(self, gain):
-        super().__init__()
-        self.cost = double_integrator_cost(gain.detach(), GAMMA)
-
-    def forward(self, obs, action):
-        next_obs = DYNAMICS(obs, action)
-        value = -0.5 * (next_obs @ self.cost * next_obs).sum(-1)
-        return (REWARD(obs, action, next_obs) + GAMMA * value).expand(2, -1)
-
-
-def true_step(obs, action, limit=math.inf):
-    next_obs = DYNAMICS(obs, action)
-    return REWARD(obs, action, next_obs), next_obs, next_obs[:, 0] > limit
-
-
-def networks(ds=3, da=2, members=K):
-    norm = maac_sac.Normaliser(ds)
-    norm.mean.normal_(), norm.std.uniform_(0.5, 2)
-    actor, model = maac_sac.Actor(norm, da, 8), maac_sac.Dynamics(norm, da, 8, 1, members)
-    return actor.double(), *(maac_sac.Critic(norm, da, 8, 2).double() for _ in range(2)), model.double()
-
-
-def differences(loss, parameters, eps=1e-6):
-    """Central differences of a function of no arguments by every entry of the parameters."""
-    found = []
-    for p in parameters:
-        slope = torch.zeros_like(p)
-        for i in range(p.numel()):
-            values = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    p.view(-1)[i] += sign * eps
-                    values.append(loss())
-                    p.view(-1)[i] -= sign * eps
-            slope.view(-1)[i] = (values[0] - values[1]) / (2 * eps)
-        found.append(slope)
-    return found
-
-
-# --- actor --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("limit", [math.inf, 0.4])
-@pytest.mark.parametrize("horizon", [0, 1, 4])
-def test_the_gradient_of_the_objective_is_that_of_finite_differences(horizon, limit):
-    torch.manual_seed(1)
-    actor, critic, *_ = networks(ds=2, da=1)
-    obs = torch.randn(16, 2, dtype=torch.float64)
-    ended = []
-
-    def step(obs, action):
-        out = true_step(obs, action, limit)
-        ended.append(out[2])
-        return out
-
-    def loss():
-        torch.manual_seed(0)  # the same noise every time
-        return maac_sac.actor_loss(actor, critic, step, 0.2, obs, GAMMA, horizon, 3)[0]
-
-    ours = torch.autograd.grad(loss(), list(actor.parameters()))
-    for gradient, expected in zip(ours, differences(loss, actor.parameters()), strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
-    if horizon:
-        some = torch.stack(ended[:horizon])
-        assert some.any() == (limit < 1) and not some.all()
-
-
-def test_with_the_true_model_and_critic_the_objective_is_the_return_at_every_horizon():
-    actor, obs = LinearActor(), torch.randn(64, 2, dtype=torch.float64)
-    critic = ExactCritic(actor.gain)
-    exact = 0.5 * (obs @ critic.cost * obs).sum(-1).mean()
-    for horizon in (0, 1, 4, 20):
-        loss, _ = maac_sac.actor_loss(actor, critic, true_step, 0.0, obs, GAMMA, horizon, 2)
-        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
-
-
-def test_with_a_long_horizon_the_gradient_is_the_exact_policy_gradient():
-    actor, obs = LinearActor(), torch.randn(64, 2, dtype=torch.float64)
-    loss, _ = maac_sac.actor_loss(actor, ExactCritic(actor.gain), true_step, 0.0, obs, GAMMA, 200, 1)
-    cost = double_integrator_cost(actor.gain, GAMMA)
-    exact = 0.5 * (obs @ cost * obs).sum(-1).mean()
-    ours, expected = (torch.autograd.grad(x, actor.gain)[0] for x in (loss, exact))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
-
-
-def test_nothing_is_paid_after_termination():
-    actor, obs = LinearActor(), torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=torch.float64)
-    critic = ExactCritic(actor.gain)
-    loss, _ = maac_sac.actor_loss(actor, critic, partial(true_step, limit=0.0), 0.0, obs, GAMMA, 3, 1)
-    first = REWARD(obs, actor(obs), None)[0]  # the first row ends at once, the second one never
-    rest = -0.5 * (obs[1] @ critic.cost @ obs[1])
-    torch.testing.assert_close(loss, -(first + rest) / 2, rtol=1e-6, atol=0)
-
-
-def test_the_entropy_is_that_of_the_first_actions_of_all_trajectories():
-    """The n-th action of a trajectory has the log-probability n; nothing is paid."""
-    asked = []
-
-    class Counting(torch.nn.Module):
-        def sample(self, obs):
-            asked.append(obs[:, 0].tolist())
-            return obs, torch.full((len(obs),), float(len(asked)))
-
-    def step(obs, action):
-        return torch.zeros(len(obs)), obs + 10, torch.zeros(len(obs), dtype=torch.bool)
-
-    def critic(obs, action):
-        return torch.zeros(2, len(obs))
-
-    obs = torch.tensor([[1.0], [2.0]])
-    loss, log_prob = maac_sac.actor_loss(Counting(), critic, step, 0.5, obs, GAMMA, 2, 3)
-    assert loss == 0.5 and log_prob.tolist() == [1.0] * 6
-    assert [sorted(states) for states in asked] == [[1 + x] * 3 + [2 + x] * 3 for x in (0, 10, 20)]
-
-
-@pytest.mark.parametrize("log_std", [-1.0, -12.0, -16.0, -20.0])
-def test_log_probability_of_a_narrow_policy_is_exact_in_single_precision(log_std):
-    """u - mean would cancel: a float32 next to a mean of 2 is farther away than such a standard deviation."""
-    actor = maac_sac.Actor(maac_sac.Normaliser(3), 2, 4)
-    last = actor.net[-1]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.copy_(torch.tensor([2.0, 2.0, log_std, log_std]).view(1, 1, 4))
-    torch.manual_seed(0)
-    noise = torch.randn(100, 2, dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randn_like", lambda mean: noise.to(mean.dtype))
-        _, log_prob = actor.sample(torch.zeros(100, 3))
-    u = 2 + math.exp(log_std) * noise
-    expected = Normal(0.0, 1.0).log_prob(noise) - log_std - (1 - u.tanh() ** 2).log()
-    torch.testing.assert_close(log_prob.double(), expected.sum(1), rtol=1e-5, atol=1e-4)
-
-
-def test_log_probability_is_that_of_the_squashed_gaussian():
-    actor, *_ = networks()
-    obs = 3 * torch.randn(200, 3, dtype=torch.float64)
-    action, log_prob = actor.sample(obs)
-    squashed = TransformedDistribution(Normal(*actor.gaussian(obs)), TanhTransform())
-    inside = action.abs().amax(1) < 0.999  # there the library's atanh is exact
-    assert inside.sum() > 100
-    expected = squashed.log_prob(action).sum(1)
-    torch.testing.assert_close(log_prob[inside], expected[inside], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(actor(obs), actor.gaussian(obs)[0].tanh())
-    far = maac_sac.Actor(maac_sac.Normaliser(3), 1, 4)
-    with torch.no_grad():
-        far.net[-1].bias[..., 0] = 40.0  # tanh is 1 in floating point, the log-probability still finite
-    assert torch.isfinite(far.sample(torch.zeros(5, 3))[1]).all()
-
-
-# --- SAC is a setting ---------------------------------------------------------------------------------------
-def test_horizon_zero_without_steve_is_sac():
-    """A plain SAC, written down: the same losses, the same gradients, the same temperature loss."""
-    actor, critic, critic_target, _ = networks()
-    n, alpha, forbidden = 32, 0.3, None
-    obs, next_obs = torch.randn(2, n, 3, dtype=torch.float64)
-    action, reward = torch.randn(n, 2, dtype=torch.float64).tanh(), torch.randn(n, dtype=torch.float64)
-    done = torch.rand(n) < 0.3
-
-    torch.manual_seed(0)
-    outcome = (reward, next_obs, done)
-    y, weights = maac_sac.soft_targets(actor, critic_target, forbidden, alpha, *outcome, GAMMA, 0, 1)
-    q_loss = maac_sac.critic_loss(critic, obs, action, y)
-    pi_loss, log_prob = maac_sac.actor_loss(actor, critic, forbidden, alpha, obs, GAMMA, 0, 1)
-    assert weights.tolist() == [1.0]
-
-    torch.manual_seed(0)
-    with torch.no_grad():
-        next_action, next_log_prob = actor.sample(next_obs)
-        q1, q2 = critic_target(next_obs, next_action)
-        target = reward + GAMMA * (1 - done.double()) * (torch.minimum(q1, q2) - alpha * next_log_prob)
-    q1, q2 = critic(obs, action)
-    sac_q_loss = 0.5 * (((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean())
-    new_action, new_log_prob = actor.sample(obs)
-    q1, q2 = critic(obs, new_action)
-    sac_pi_loss = (alpha * new_log_prob - torch.minimum(q1, q2)).mean()
-
-    for ours, plain, net in ((q_loss, sac_q_loss, critic), (pi_loss, sac_pi_loss, actor)):
-        torch.testing.assert_close(ours, plain)
-        parameters = list(net.parameters())
-        both = [torch.autograd.grad(x, parameters, retain_graph=True) for x in (ours, plain)]
-        for a, b in zip(*both, strict=True):
-            torch.testing.assert_close(a, b)
-    torch.testing.assert_close(log_prob, new_log_prob)
-
-
-def test_temperature_rises_while_entropy_is_below_its_target():
-    log_alpha = torch.zeros((), requires_grad=True)
-    for entropy, sign in ((-3.0, -1), (-1.0, 1)):
-        loss = maac_sac.temperature_loss(log_alpha, torch.full((5,), -entropy), -2.0)
-        assert torch.autograd.grad(loss, log_alpha)[0].sign() == sign
-
-
-def test_the_temperature_loss_is_linear_in_alpha():
-    """By log alpha its slope is alpha times (entropy - target): -2.5 is below -2, by half."""
-    log_alpha = torch.tensor(math.log(0.2), requires_grad=True)
-    loss = maac_sac.temperature_loss(log_alpha, torch.tensor([1.0, 4.0]), -2.0)
-    (slope,) = torch.autograd.grad(loss, log_alpha)
-    assert loss.item() == pytest.approx(-0.1) and slope.item() == pytest.approx(-0.1)
-
-
-# --- critic targets -----------------------------------------------------------------------------------------
-def test_steve_targets_and_weights_are_those_of_a_hand_computation():
-    """Two members, two critics, two rows, horizon 1: T_0 and T_1 one by one, then 1 / variance."""
-
-    class Scripted(torch.nn.Module):
-        def sample(self, obs):
-            return obs[:, :1], 0.1 * obs[:, 0]  # log pi = s / 10
-
-    def critic(obs, action):
-        return torch.stack([obs[:, 0], obs[:, 0] + 0.5])
-
-    def step(obs, action):  # member 0 adds 1, member 1 adds 3; reward s; row 1 ends in the first member
-        add = torch.tensor([1.0, 1.0, 3.0, 3.0])
-        return obs[:, 0], obs + add[:, None], torch.tensor([False, True, False, False])
-
-    outcome = torch.tensor([1.0, 2.0]), torch.tensor([[10.0], [20.0]]), torch.tensor([False, False])
-    y, weights = maac_sac.soft_targets(Scripted(), critic, step, 2.0, *outcome, 0.5, 1, 2)
-
-    t0 = np.array([[[1 + 0.5 * (10 + c - 2), 2 + 0.5 * (20 + c - 4)]] * 2 for c in (0, 0.5)])  # (N, K, B)
-    t1 = np.empty((2, 2, 2))
-    for j, c in enumerate((0, 0.5)):
-        for k, add in enumerate((1, 3)):
-            for b, (r, s) in enumerate(((1, 10), (2, 20))):
-                alive = 0 if (k, b) == (0, 1) else 1
-                later = s + add
-                t1[j, k, b] = r + 0.5 * (s - 2 * 0.1 * s) + 0.25 * alive * (later + c - 2 * 0.1 * later)
-    inverse = np.array([1 / (t.var((0, 1)).mean() + 1e-8) for t in (t0, t1)])
-    expected = inverse / inverse.sum()
-    np.testing.assert_allclose(weights, expected, rtol=1e-5)
-    smaller = np.stack([t0.min(0).mean(0), t1.min(0).mean(0)])  # (H + 1, B)
-    np.testing.assert_allclose(y, expected @ smaller, rtol=1e-5)
-    assert 0.001 < weights.min()
-
-
-def test_the_smaller_critic_counts_on_each_trajectory():
-    """Q_1 = s and Q_2 = -s: at -2 and 2, where members go, either is smaller once; their means: 0."""
-
-    class Still(torch.nn.Module):
-        def sample(self, obs):
-            return torch.zeros_like(obs), torch.zeros(len(obs))
-
-    def critic(obs, action):
-        return torch.stack([obs[:, 0], -obs[:, 0]])
-
-    def step(obs, action):
-        return torch.zeros(2), torch.tensor([[-2.0], [2.0]]), torch.tensor([False, False])
-
-    outcome = torch.tensor([0.0]), torch.tensor([[1.0]]), torch.tensor([False])
-    y, weights = maac_sac.soft_targets(Still(), critic, step, 0.0, *outcome, 1.0, 1, 2)
-    torch.testing.assert_close(weights, torch.tensor([0.8, 0.2]))  # variances 1 and 4
-    torch.testing.assert_close(y, torch.tensor([0.8 * -1 + 0.2 * -2]))
-
-
-def test_terminated_transitions_are_worth_their_reward():
-    actor, _, critic_target, model = networks(ds=2, da=1)
-    reward, obs = torch.randn(8).double(), torch.randn(8, 2).double()
-    done = torch.ones(8, dtype=torch.bool)
-    y, _ = maac_sac.soft_targets(actor, critic_target, true_step, 0.1, reward, obs, done, GAMMA, 2, K)
-    torch.testing.assert_close(y, reward)
-
-
-def test_steve_combines_horizons_when_critics_disagree_as_much_as_members():
-    """Random critics differ from one another, as those of a young run do: no horizon takes all the weight."""
-    torch.manual_seed(0)
-    actor, _, critic_target, model = networks(ds=2, da=1)
-    model.delta_norm.std.fill_(0.05)
-
-    def step(obs, action):
-        next_obs = model.sample(obs, action, torch.randn_like(obs))
-        return REWARD(obs, action, next_obs), next_obs, torch.zeros(len(obs), dtype=torch.bool)
-
-    reward, obs = torch.randn(64).double(), torch.randn(64, 2).double()
-    done = torch.zeros(64, dtype=torch.bool)
-    _, weights = maac_sac.soft_targets(actor, critic_target, step, 0.1, reward, obs, done, 0.99, 2, K)
-    assert weights.sum() == pytest.approx(1) and weights.min() > 0.05 and weights.max() < 0.9
+K = 4
+pytestmark = pytest.mark.about("maac_sac")
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -559,12 +259,13 @@ def test_planning_finds_the_best_actions_of_a_linear_quadratic_problem():
         state, total = obs, 0.0
         for t in range(horizon):
             reward, state, _ = true_step(state, best[t].tanh())
-            total = total + GAMMA**t * reward
-        return -(total + GAMMA**horizon * critic(state, actor(state)).min(0).values).sum()
+            total = total + DISCOUNT**t * reward
+        return -(total + DISCOUNT**horizon * critic(state, actor(state)).min(0).values).sum()
 
     optimizer = torch.optim.LBFGS([best], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
     optimizer.step(lambda: (optimizer.zero_grad(), cost(), )[1].backward() or cost())
-    plan = maac_sac.plan_action(actor, critic, true_step, obs, GAMMA, horizon, 2000, 20, 100)  # both at once
+    both = (actor, critic, true_step, obs)  # states at once
+    plan = maac_sac.plan_action(*both, DISCOUNT, horizon, 2000, 20, 100)
     torch.testing.assert_close(plan, best[0].detach().tanh(), atol=0.02, rtol=0)
     assert (abs(best[0].tanh() - actor(obs)) > 0.005).all()  # which are not the policy's actions
 
@@ -577,7 +278,7 @@ def test_a_search_starts_with_the_trajectory_of_the_policy():
         seen.append((obs, action))
         return true_step(obs, action)
 
-    plan = maac_sac.plan_action(actor, ExactCritic(actor.gain), step, obs, GAMMA, 3, 4, 1, 2)
+    plan = maac_sac.plan_action(actor, ExactCritic(actor.gain), step, obs, DISCOUNT, 3, 4, 1, 2)
     torch.testing.assert_close(plan, actor(obs).tanh())
     state = obs.repeat_interleave(4, 0)
     for found in (seen[:3], seen[3:]):  # the policy's, those of the candidates
@@ -605,7 +306,7 @@ def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination(
             ended = torch.full((len(obs),), ends)
             return first[:, 0] * ends, action.expand(-1, 2), ended
 
-        plan = maac_sac.plan_action(actor, critic, step, obs, GAMMA, horizon, 500, 10, 25)
+        plan = maac_sac.plan_action(actor, critic, step, obs, DISCOUNT, horizon, 500, 10, 25)
         assert plan.item() == pytest.approx(best, abs=0.02)
         first, last = seen[horizon], seen[-horizon]  # candidates, after the policy's own trajectory
         assert last.std() < 0.1 * first.std()
