@@ -110,7 +110,7 @@ def test_mage_loss_is_the_naive_transcription(env_id, critics):
         assert max(g.abs().max() for g in gradients(term, s.critic) if g is not None) > 1e-3
 
 
-@about("dyna_td3", "Dynamics")
+@about("dyna_td3", "Dynamics", "td_target")
 def test_some_of_the_imagined_states_are_terminal_and_some_are_not():
     s = Setting("Hopper-v4")
     terminated = s.terminated_at(s.model.sample(s.obs, s.action, s.model_noise))
@@ -354,6 +354,7 @@ def test_a_stack_of_networks_is_as_many_networks():
 @about("td3", "Critic")
 def test_critics_take_one_action_or_one_for_each_of_them(setting):
     s = setting
+    assert s.critic(s.obs, s.action).shape == (2, B)
     other = torch.stack([s.action, -s.action])
     expected = torch.stack([s.critic(s.obs, s.action)[0], s.critic(s.obs, -s.action)[1]])
     assert_same([s.critic(s.obs, other)], [expected])
@@ -457,7 +458,7 @@ def test_radam_decays_weights_apart_from_the_gradient():
 # --- an update of the TD3 family ----------------------------------------------------------------------------
 def parts_of(name):
     """The `update` of a script as its `train` makes it, and what it closes over: float64, full buffers."""
-    argv = tiny(name, target_noise=0.2, noise_clip=0.3, lr=0.01, tau=0.1)
+    argv = tiny(name, target_noise=2, noise_clip=0.3, lr=0.01, tau=0.1)
     found, inside = inner_functions.inner_functions(name, argv, torch.device("cpu"))
     inner_functions.fill(inside)
     for part in inside.values():
@@ -485,8 +486,9 @@ def test_targets_are_of_the_target_networks_and_hold_no_parameter_that_is_traine
     calls = spy(monkeypatch, script(name), "td_target")
     update, inside = parts_of(name)
     update(False)
-    ((actor, critic, *_, gamma), y) = calls[0]
+    ((actor, critic, *_, noise, gamma), y) = calls[0]
     assert actor is inside["actor_target"] and critic is inside["critic_target"] and gamma == 0.99
+    assert noise.abs().max() == pytest.approx(0.3)  # it is drawn with a deviation of 2, and clipped
     trained = [*inside["actor"].parameters(), *inside["critic"].parameters()]
     if y.requires_grad:  # by the action, in MAGE
         assert set(torch.autograd.grad(y.sum(), trained, allow_unused=True)) == {None}
