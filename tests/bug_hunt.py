@@ -61,8 +61,8 @@ BUGS = [
     ),
     Bug(
         "td3",
-        "The losses look healthy, and after an hour the critic has learned the mean of the batch's targets "
-        "for every state alike. How many TD errors does a batch of 256 states have?",
+        "The losses look healthy, and yet the critic is pulled to the mean of the batch's targets, in every "
+        "state alike. How many TD errors does a batch of 256 states have?",
         "Subtract tensors of shapes (B,) and (N, B, 1) in your head. The critic says which shape it returns.",
         ".expand(self.members, -1, -1))[..., 0]",
         ".expand(self.members, -1, -1))",
@@ -72,8 +72,8 @@ BUGS = [
     ),
     Bug(
         "td3",
-        "The critic's loss is smaller than anybody else's, and the agent learns slower. The critic moves its "
-        "value to the target; what else moves, for the two to meet?",
+        "A TD error gets smaller when the value comes to the target, and also when the target comes to the "
+        "value. Which of the two happens here?",
         "Look at how `update` computes y: with which critic, and which gradient flows through it.",
         "with torch.no_grad():\n            y = td_target(actor_target, critic_target,",
         "y = td_target(actor_target, critic,",
@@ -93,8 +93,8 @@ BUGS = [
     ),
     Bug(
         "td3",
-        "With --tau 0.005 the target networks should lag hundreds of updates behind. Print their distance to "
-        "the trained ones: they lag by none. Which way round is 0.005?",
+        "With --tau 0.005 the target networks should lag some two hundred updates behind. Print their "
+        "distance to the trained ones: they hardly lag at all. Which way round is 0.005?",
         "Write out what lerp(target, source, weight) is for the weights 0 and 1.",
         "list(source.parameters()), tau)",
         "list(source.parameters()), 1 - tau)",
@@ -135,8 +135,8 @@ BUGS = [
     ),
     Bug(
         "mage_td3",
-        "MAGE is as good as Dyna-TD3 here, whatever model it has, even a wrong one. Which part of the "
-        "target's slope is missing?",
+        "MAGE lives on the slope of what its model answers to an action; here it makes no difference to the "
+        "gradient term how the model answers. Which part of the target's slope is missing?",
         "Follow the action through step_target: it changes the reward, and what else?",
         "model.sample(obs, action, model_noise)",
         "model.sample(obs, action, model_noise).detach()",
@@ -145,8 +145,8 @@ BUGS = [
     ),
     Bug(
         "mage_td3",
-        "The loss falls as it should, and the actor walks steadily away from what is good. How long is the "
-        "sum of a vector and its opposite?",
+        "The gradient term falls as it should, and the critic's slope is as wrong as a slope can be. How "
+        "long is the sum of a vector and its opposite?",
         "Write down the gradient of δ = y - Q by the action.",
         "grad_y - grad_q",
         "grad_y + grad_q",
@@ -155,8 +155,8 @@ BUGS = [
     ),
     Bug(
         "maac_sac",
-        "The policy goes to the ends of its range and is praised for its entropy, where it is hardly random "
-        "any more. Of which variable is that the entropy?",
+        "At the ends of its range, where tanh is flat, the policy's action is hardly random any more, and "
+        "yet it is praised for its entropy. Of which variable is that the entropy?",
         "u is Gaussian; the action is tanh(u). Look at what `sample` returns beside the action.",
         "(log_prob - log_slope)",
         "log_prob",
@@ -175,8 +175,8 @@ BUGS = [
     ),
     Bug(
         "maac_sac",
-        "The values grow and grow, and then one day they are not finite. The critic chases a target that "
-        "runs as fast as the critic itself; which network was made to stand still?",
+        "The critic chases a target that runs as fast as the critic itself. Which network was made to stand "
+        "still?",
         "Compare what `update` gives to soft_targets with that function's own name for it.",
         "= soft_targets(actor, critic_target,",
         "= soft_targets(actor, critic,",
