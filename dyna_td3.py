@@ -20,7 +20,7 @@ In the paper, and in this file:
     𝓑                         buffer                           τ       --tau; the 0.995 of D.2 is 1 - τ
 
 Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
-of the members of the ensemble.
+of the members of the ensemble, M the rows of a batch for one of them; n is any number of rows.
 
 Read td3.py first. Only these blocks differ: the section "model" (`Dynamics`, `RewardModel`) and `model_loss`
 are new, `train_model` fits the ensemble every 25 steps, and `update` imagines its batch where td3.py replays
@@ -254,7 +254,7 @@ class Dynamics(nn.Module):
         self.delta_norm, self.members = Normaliser(obs_dim), members
         self.net = mlp(members, obs_dim + action_dim, hidden, layers, 2 * obs_dim)
 
-    def forward(self, obs, action):  # (K, B, ds), (K, B, da) -> mean, log-variance (K, B, ds)
+    def forward(self, obs, action):  # (K, n, ds), (K, n, da) -> mean, log-variance (K, n, ds)
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
@@ -314,7 +314,7 @@ def huber(x):
 
 
 def model_loss(model, obs, action, next_obs):
-    """Twice the negative log-likelihood of (K, B, .) without constants, and mean squared error   Eq. 9."""
+    """Twice the negative log-likelihood of (K, M, .) without constants, and mean squared error   Eq. 9."""
     target = model.delta_norm(next_obs - obs)  # (K, M, ds): M rows for each member
     mean, logvar = model(obs, action)  # (K, M, ds)
     square = (mean - target) ** 2

@@ -22,8 +22,8 @@ In the paper, and in this file:
     D_env, D_model  real, imagined                  𝒯 of Algorithm 1      --rollouts, --rollout-length
 
 Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
-of the members, H the horizon, S the number of trajectories from a state; in `plan_action` n states, C
-candidates, E elites.
+of the members, M the rows of a batch for one of them, H the horizon of the function at hand, S the number of
+trajectories from a state, C that of a search's candidates, E that of its elites; n is any number of rows.
 
 One script, four algorithms:
     SAC:  --horizon 0 --no-steve --real-ratio 1      MBPO: --horizon 0 --no-steve
@@ -299,7 +299,7 @@ class Dynamics(nn.Module):
         self.delta_norm, self.members = Normaliser(obs_dim), members
         self.net = mlp(members, obs_dim + action_dim, hidden, layers, 2 * obs_dim)
 
-    def forward(self, obs, action):  # (K, B, ds), (K, B, da) -> mean, log-variance (K, B, ds)
+    def forward(self, obs, action):  # (K, n, ds), (K, n, da) -> mean, log-variance (K, n, ds)
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
@@ -350,7 +350,7 @@ def extend(buffer, *columns):
 
 # --- model learning -----------------------------------------------------------------------------------------
 def model_losses(model, obs, action, next_obs):
-    """Twice the negative log-likelihood of each member, without constants: (K, B, .) -> (K,)."""
+    """Twice the negative log-likelihood of each member, without constants: (K, M, .) -> (K,)."""
     mean, logvar = model(obs, action)  # (K, M, ds): M rows for each member
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 

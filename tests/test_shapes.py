@@ -47,12 +47,16 @@ def comments(source):
     return found
 
 
+def listed(comment):
+    """The shapes with which a comment begins: '(B, ds), (B,): two of (3)' -> ['B, ds', 'B,']."""
+    part = r"\(([^()]*)\)"
+    return re.findall(part, re.match(rf"{part}(?:, {part}|, \.\.\.)*", comment)[0])
+
+
 def shapes(comment, letters):
     """'(N, K B), (H + 1,)' -> [(2, 175), (7,)], an error where it is no shape or has an unknown letter."""
-    part = r"\(([^()]*)\)"
-    listed = re.match(rf"{part}(?:, {part}|, \.\.\.)*", comment)
     found = []
-    for inside in re.findall(part, listed[0]):
+    for inside in listed(comment):
         sizes = [re.sub(r"(?<=\w) (?=\w)", " * ", s.strip()).replace("/", "//") for s in inside.split(",")]
         found.append(tuple(eval(size, {"__builtins__": {}}, dict(letters)) for size in sizes if size))
     return found
@@ -125,6 +129,17 @@ def test_every_shape_is_that_of_the_tensor(name):
     stated, reached, wrong = checked(name)
     assert not wrong
     assert reached == stated and len(stated) >= {"td3": 4, "maac_sac": 14}.get(name, 9)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_letter_is_declared_in_the_header(name):
+    """In the paragraph that begins with "Shapes:", as "B is", "K that" or "M the"."""
+    source = (ROOT / f"{name}.py").read_text()
+    paragraph = re.search(r"\nShapes: (.*?)\n\n", ast.get_docstring(ast.parse(source)), re.DOTALL)[1]
+    declared = set(re.findall(r"\b([A-Zn]|ds|da) (?:is|the|that)\b", paragraph))
+    found = [part for _, _, comment in comments(source).values() for part in listed(comment)]
+    used = {letter for part in found for letter in re.findall(r"[A-Za-z]+", part)}
+    assert used <= declared and {"B", "ds", "da", "N"} <= declared
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
