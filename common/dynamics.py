@@ -136,10 +136,11 @@ class MuJoCoDerivatives:
         obs, *_, info = self.robot.step(self.low + (self.high - self.low) * share)
         return np.append(info["x_velocity"], obs) if self.x_first else obs
 
-    def in_contact(self, action):
-        """Whether MuJoCo finds two bodies in contact in the last physics step of a step."""
-        self.step(action)
-        return self.data.ncon > 0
+    def go_on(self, action):
+        """Makes the state after a step the state -> its observation (ds,), and whether it ended in contact."""
+        obs = self.step(action)
+        mujoco.mj_getState(self.model, self.data, self.state, self.kind)
+        return obs, self.data.ncon > 0  # contacts of the last physics step
 
     def by_action(self, action, eps=EPS):
         """The Jacobian (ds, da) of the next observation by the action (da,)."""
