@@ -3,28 +3,28 @@
     python -m common.experiments.true_derivatives RUN_FOLDERS -o true_derivatives.png
 
 MAGE takes the gradient of its target through a learned model in the place of the world (Eq. 6 for Eq. 5), and
-MAAC chains the model's derivatives H times. The world's own are to be had by differences (common/dynamics.py),
-in states of new episodes of the policy and, where an observation tells the state, in replayed ones; the
-action is the policy's, without noise. The CSV file beside the figure has four parts:
+MAAC chains the model's derivatives H times. The world's own are had by differences (common/dynamics.py), in
+states of new episodes of the policy and, where an observation tells the state, in replayed ones; the action is
+the policy's, without noise. The CSV file beside the figure has four parts:
 
-model    the Jacobians of the model's mean change, in units of its normalisers, by action and by observation:
-         of the ensemble (mean of the members' Jacobians), and of members; by kind of quantity, and by contact.
-         That by the observation is without the identity, which no model has to learn.
+model    the Jacobians of the model's mean change by action and by observation, in units of its normalisers:
+         of the ensemble (mean over members) and of a member; by kind of quantity, and by contact. That by the
+         observation is without the identity, which no model has to learn.
 target   the action-gradient of the TD target r + gamma (1 - terminated) min Q(s', pi(s')) of the run's target
-         networks, without noise: through the model against through the world. "ensemble" is the mean of
-         the members' gradients, as Eq. 6 has it; "member" one of them; "sample" one with the model's noise,
-         which a row of MAGE's batch sees; "derivative" has the world's s' and the ensemble's derivative.
+         networks, without noise: through the model against through the world. "ensemble" is the mean of the
+         members' gradients, as Eq. 6 has it; "member" is one of them; "sample" is one with the model's noise,
+         what a row of MAGE's batch sees; "derivative" has the world's s' and the ensemble's derivative.
 critic   the action-gradient of the smaller critic against that of the target through the world. `residual` is
          the length of the TD error's action-gradient under the true dynamics (Eq. 5), mean over critics.
 horizon  the gradient of H rewards and the critic after them by the first action, and by the policy's
          parameters (mean over states), along the policy's trajectories. "derivative" chains the model's
-         derivatives on the true trajectory, "imagined" is the model's own, one for each member, with its noise
-         as in MAAC; "critic" is the action-gradient of the critic in the first state.
+         derivatives on the true trajectory; "imagined" is the model's own, one for each member, with its
+         noise, as in MAAC; "critic" is the action-gradient of the critic in the first state.
 
-error is |found - truth| / |truth|, 1 for no gradient at all; error, cosine and lengths are medians over states,
-error_90 the 90% quantile. The critic of MAGE is trained for what `critic` measures, though with its model;
+error is |found - truth| / |truth|, 1 for no gradient at all. It, cosine and lengths are medians over states;
+error_90 is the 90% quantile. The critic of MAGE is trained for what `critic` measures, though with its model;
 `horizon` judges each critic by more true rewards. Runs of td3.py have no model. The reward is the known
-function, also in a run that learned one. MAAC's target is without entropy, and its action the policy's mean.
+function, also in a run that learned one. MAAC's target is without entropy, its action the policy's mean.
 """
 
 import copy
@@ -44,10 +44,10 @@ from tqdm import tqdm
 from common import BadInput, Fault
 from common.dynamics import MuJoCoDerivatives
 from common.envs import call, make_env
-from common.evaluate import as_policy, load_script
+from common.evaluate import load_script
 from common.files import figure_path, loading, newest, read_checkpoint, write_table, write_whole
 from common.rewards import reward_fn, termination_fn
-from common.true_gradients import critic_gradients
+from common.true_gradients import compared, critic_gradients, stacked, through_world, trajectory
 
 try:
     import maac_sac
@@ -61,6 +61,7 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b6b6b", "#E69F00")
+SEED = 2 * 10**6  # of the first new episode; no evaluation starts there
 
 
 @dataclass
@@ -68,9 +69,9 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("true_derivatives.png")  # the figure
     states: int = 256  # of new episodes, and as many replayed ones
-    episodes: int = 4  # new ones; they start where no evaluation of a run does
+    every: int = 15  # steps between two states of an episode
     horizon: int = 20  # the longest; H goes from 0 to it
-    starts: int = 64  # states of new episodes in which trajectories start
+    starts: int = 64  # states in which trajectories start, among those of new episodes
 
 
 # --- what is given ------------------------------------------------------------------------------------------
@@ -80,231 +81,163 @@ class Agent:
     def __init__(self, folder):
         script, self.env_id = load_script(folder)
         self.env = make_env(self.env_id)
-        MuJoCoDerivatives(self.env)  # refuses what it does not know
-        path = newest(folder)
+        self.true, path = MuJoCoDerivatives(self.env), newest(folder)
         if path is None:
             raise BadInput(f"{folder} has no checkpoint: let the run go on with --resume.")
-        state = read_checkpoint(path)
-        args, sizes = tyro_args(script, state["args"]), [
-            space.shape[0] for space in (self.env.observation_space, self.env.action_space)]  # fmt: skip
+        state, self.name = read_checkpoint(path), "/".join(Path(folder).absolute().parts[-2:])
+        self.obs_dim, da = (x.shape[0] for x in (self.env.observation_space, self.env.action_space))
         with loading(path):
+            args = script.Args(**state["args"])
             if hasattr(script, "networks"):  # maac_sac.py, whose target has no actor of its own
-                nets = dict(zip(("actor", "critic", "critic_target", "model"), script.networks(args, *sizes),
-                                strict=True))  # fmt: skip
+                nets = script.networks(args, self.obs_dim, da)
+                nets = dict(zip(("actor", "critic", "critic_target", "model"), nets, strict=True))
             else:
-                norm = script.Normaliser(sizes[0])
-                actor = script.Actor(norm, sizes[1], args.actor_hidden)
-                critic = script.Critic(norm, sizes[1], args.critic_hidden, args.num_critics)
+                norm = script.Normaliser(self.obs_dim)
+                actor = script.Actor(norm, da, args.actor_hidden)
+                critic = script.Critic(norm, da, args.critic_hidden, args.num_critics)
                 nets = dict(actor=actor, actor_target=actor, critic=critic, critic_target=critic)
                 if hasattr(script, "Dynamics"):
                     size = (args.model_hidden, args.model_layers, args.ensemble_size)
-                    nets["model"] = script.Dynamics(norm, sizes[1], *size)
-            for name, net in nets.items():  # copies: some of them stand in two places
+                    nets["model"] = script.Dynamics(norm, da, *size)
+            for name, net in nets.items():  # copies, as some of them stand in two places
                 net.load_state_dict(state[name])
                 nets[name] = copy.deepcopy(net).double().requires_grad_(name == "actor")
             self.rows = state["real" if "real" in state else "buffer"]["rows"]
         self.actor, self.critic, self.critic_target = (nets[n] for n in ("actor", "critic", "critic_target"))
         self.actor_target, self.model = nets.get("actor_target", self.actor), nets.get("model")
         if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
-            self.model = None  # as with --horizon 0 --no-steve --real-ratio 1
-        self.gamma, self.step, self.obs_dim = args.gamma, state["step"], sizes[0]
-        self.name = "/".join(Path(folder).absolute().parts[-2:])
+            self.model = None  # as in a run of SAC
+        self.gamma, self.step = args.gamma, state["step"]
 
     def outcome(self, obs, action, next_obs):
-        """What the step to next_obs gives: reward, next_obs, terminated."""
+        """What a step gives: reward, next_obs, terminated."""
         known = reward_fn(self.env_id), termination_fn(self.env_id)
         return known[0](obs, action, next_obs), next_obs, known[1](next_obs)
 
-    def members(self, obs, action):
-        """The next observation by each member, without noise: (..., ds), (..., da) -> (K, ..., ds)."""
+    def imagined(self, obs, action, noise=0.0):
+        """The next observation by each member, (n, ds) with (n, da) or (K, n, da) -> (K, n, ds)."""
         rows = [x.expand(self.model.members, *x.shape[-2:]) for x in (obs, action)]
-        return obs + self.model.delta_norm.inverse(self.model(*rows)[0])
+        mean, logvar = self.model(*rows)
+        return obs + self.model.delta_norm.inverse(mean + (logvar / 2).exp() * noise)
 
-
-def tyro_args(script, values):
-    """A script's Args of a run; a flag that the script has got since then takes its default."""
-    try:
-        return script.Args(**values)
-    except TypeError as error:
-        raise BadInput(f"a run was made by another version of {script.__file__} ({error}): use that one.") from None
+    def through_model(self, step, obs, action):
+        """What comes next in the world, with the derivatives of the model, mean over its members."""
+        found = self.imagined(obs, action).mean(0)
+        return step[2] + found - found.detach()
 
 
 def records(agent, args, bar):
-    """What the world does: {"fresh": [T steps], "replayed": [one step]}, where they can be had.
-
-    A step is obs (n, ds), action (n, da), next_obs (n, ds), by_action (n, ds, da), by_obs (n, ds, ds) or None,
-    contact (n,), finer: |by_action - by_action with a tenth of the difference| / |by_action| (n,).
-    """
-    found, policy = {"fresh": [], "replayed": []}, as_policy(agent.actor.float())
-    agent.actor.double()
-    exact = as_policy_64(agent.actor)
-    rng, env = np.random.default_rng(0), agent.env
-    picked = -(-args.states // args.episodes)  # states of an episode
-    for episode in range(args.episodes):
-        agent.actor.float()
-        obs, _ = call(agent.env_id, env.reset, seed=2 * 10**6 + episode)
-        length, actions, done = 0, [], False
-        while not done and length < 1000:
-            actions.append(policy(obs))
-            obs, _, terminated, truncated, _ = call(agent.env_id, env.step, actions[-1])
-            length, done = length + 1, terminated or truncated
-        agent.actor.double()
-        wanted = set(rng.choice(length, min(picked, length), replace=False).tolist())
-        obs, _ = call(agent.env_id, env.reset, seed=2 * 10**6 + episode)
-        for t, action in enumerate(actions):
-            if t in wanted:
-                follow = args.horizon if len(found["fresh"]) % picked < -(-args.starts // args.episodes) else 0
-                with MuJoCoDerivatives(env) as true:
-                    found["fresh"].append(trajectory(true, exact, obs.astype(float), max(follow, 1)))
+    """Trajectories of the policy in the world: from states of new episodes, and from replayed ones."""
+    fresh, replayed, rng, every = [], [], np.random.default_rng(0), max(args.states // args.starts, 1)
+    while len(fresh) < args.states:
+        obs, _ = call(agent.env_id, agent.env.reset, seed=None if fresh else SEED)
+        t, first, done = 0, rng.integers(args.every), False
+        while not done and len(fresh) < args.states:
+            if t % args.every == first:
+                steps = max(args.horizon, 1) if len(fresh) % every == 0 else 1
+                with agent.true as true:
+                    fresh.append(trajectory(true, agent.actor, obs.astype(float), steps))
                 bar.update()
-            obs, *_ = call(agent.env_id, env.step, action)
-    with MuJoCoDerivatives(env) as true:
-        for row in agent.rows[rng.choice(len(agent.rows), min(args.states, len(agent.rows)), replace=False)]:
+            action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
+            obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
+            t, done = t + 1, terminated or truncated
+    for row in agent.rows[torch.as_tensor(rng.integers(len(agent.rows), size=args.states))]:
+        obs = row[: agent.obs_dim].double().numpy()
+        with agent.true as true:
             if true.first is not None:
-                obs = row[: agent.obs_dim].double().numpy()
                 true.restore(obs)
-                found["replayed"].append(trajectory(true, exact, obs, 1))
-            bar.update()
-    return found
+                replayed.append(trajectory(true, agent.actor, obs, 1))
+        bar.update()
+    return {"fresh": fresh, "replayed": replayed}
 
 
-def as_policy_64(actor):
-    @torch.no_grad()
-    def policy(obs):
-        return actor(torch.as_tensor(obs)[None])[0].numpy()
-
-    return policy
-
-
-def trajectory(true, policy, obs, steps):
-    """Steps of the policy in the world from the state that `true` is in, each with its derivatives."""
-    path = []
-    for t in range(steps):
-        action = policy(obs)
-        by_action = true.by_action(action)
-        by_obs = None if true.first is None else true.by_obs(action)
-        finer = true.by_action(action, true.EPS / 10) - by_action if t == 0 else np.nan
-        next_obs, contact = true.go_on(action)
-        values = obs, action, next_obs, by_action, by_obs, contact
-        finer = np.linalg.norm(finer) / np.linalg.norm(by_action) if t == 0 else np.nan
-        path.append([None if x is None else torch.as_tensor(np.array(x)) for x in (*values, finer)])
-        obs = next_obs
-    return path
+def step_sizes(agent, args):
+    """How much the Jacobians by the action of a new episode change with a tenth of EPS: medians, 90%."""
+    obs, _ = call(agent.env_id, agent.env.reset, seed=SEED)
+    found = []
+    for t in range(20 * args.every):
+        action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
+        if t % args.every == 0:
+            with agent.true as true:
+                one, other = true.by_action(action), true.by_action(action, true.EPS / 10)
+            found.append(np.linalg.norm(one - other) / np.linalg.norm(one))
+        obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
+        if terminated or truncated:
+            break
+    return np.quantile(found, (0.5, 0.9))
 
 
-def stacked(steps):
-    """Records of one step in several states, as tensors with the states first."""
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*steps, strict=True)]
+# --- what is compared: rows {column: value} of the table ----------------------------------------------------
+def by_contact(found, truth, contact, **more):
+    """Rows for all states, those in contact and the others; more: columns of a number (n,) for each state."""
+    for name, mask in (("", contact | True), ("yes", contact), ("no", ~contact)):
+        if mask.any():
+            medians = {key: values[mask].quantile(0.5).item() for key, values in more.items()}
+            states = found.movedim(-truth.ndim, 0)[mask].movedim(0, -truth.ndim)
+            yield dict(contact=name) | compared(states, truth[mask]) | medians
 
 
-# --- what is compared ---------------------------------------------------------------------------------------
-def compared(found, truth):
-    """Columns for gradients (..., n, *shape) and true ones (n, *shape): medians over all that stand in front."""
-    width = truth.flatten(1).shape[1]
-    found, truth = found.reshape(-1, width), truth.expand_as(found).reshape(-1, width)
-    lengths = found.norm(dim=1), truth.norm(dim=1)
-    error = (found - truth).norm(dim=1) / lengths[1].clamp(min=1e-30)
-    cosine = (found * truth).sum(1) / (lengths[0] * lengths[1]).clamp(min=1e-30)
-    columns = dict(error=error, cosine=cosine, length=lengths[0], true_length=lengths[1])
-    medians = {name: values.quantile(0.5).item() for name, values in columns.items()}
-    return dict(states=len(truth), error_90=error.quantile(0.9).item()) | medians
-
-
-def model_jacobians(agent, obs, action):
+def model_jacobians(model, obs, action):
     """Of each member's normalised mean change, by action (K, n, ds, da) and by observation (K, n, ds, ds)."""
-    model = agent.model
     obs, action = (x.expand(model.members, -1, -1).clone().requires_grad_() for x in (obs, action))
-    mean, _ = model(obs, action)
-    share = model.delta_norm.std / model.delta_norm.scale  # next to 0 for what is constant
-    rows = [torch.autograd.grad(mean[..., j].sum() * share[j], (action, obs), retain_graph=True)
+    mean = model(obs, action)[0] * (model.delta_norm.std / model.delta_norm.scale)  # 0 for what is constant
+    rows = [torch.autograd.grad(mean[..., j].sum(), (action, obs), retain_graph=True)
             for j in range(mean.shape[-1])]  # fmt: skip
     return [torch.stack(parts, -2) for parts in zip(*rows, strict=True)]
 
 
-def kinds(true):
-    """{kind of quantity: its dimensions in an observation}; only "all" where they are mixed."""
-    size, found = true.env.observation_space.shape[0], {"all": slice(None)}
-    if true.first is not None:
-        last = size - true.model.nv
-        found |= {"positions": slice(true.x_first, last), "velocities": slice(last, size)}
-        found |= {"x velocity": slice(0, 1)} if true.x_first else {}
-    return found
-
-
 def model_rows(agent, step):
-    obs, action, _, by_action, by_obs, contact, _ = step
-    model, scale = agent.model, agent.model.delta_norm.scale[:, None]
-    learned = model_jacobians(agent, obs, action)
+    obs, action, _, by_action, by_obs, contact = step
+    true, size = agent.true, agent.obs_dim
+    scale, unit = agent.model.delta_norm.scale[:, None], agent.model.obs_norm.scale
+    learned, kinds = model_jacobians(agent.model, obs, action), {}
     pairs = {"action": (learned[0], by_action / scale)}
     if by_obs is not None:
-        unit = model.obs_norm.scale
-        pairs["observation"] = (learned[1] * unit, (by_obs - torch.eye(len(unit)).double()) / scale * unit)
+        identity = torch.eye(size, dtype=torch.float64)
+        pairs["observation"] = (learned[1] * unit, (by_obs - identity) / scale * unit)
+        velocities = size - true.model.nv
+        kinds = dict(positions=range(true.x_first, velocities), velocities=range(velocities, size))
+        kinds |= {"x velocity": range(1)} if true.x_first else {}
     for by, (hat, truth) in pairs.items():
-        for what, estimate in (("ensemble", hat.mean(0)), ("member", hat)):
-            for kind, dims in kinds(MuJoCoDerivatives(agent.env)).items():
-                yield dict(by=by, what=what, kind=kind) | compared(estimate[..., dims, :], truth[:, dims])
-            for where, mask in (("in contact", contact), ("no contact", ~contact)):
-                if mask.any():
-                    row = compared(estimate[..., mask, :, :], truth[mask])
-                    yield dict(by=by, what=what, kind="all", where=where) | row
-
-
-def through_world(step, obs, action):
-    """The next observation, with the true derivatives: value and gradient are right in the recorded state."""
-    at_obs, at_action, next_obs, by_action, by_obs, *_ = step
-    found = next_obs + (by_action @ (action - at_action)[..., None])[..., 0]
-    if by_obs is not None:
-        found = found + (by_obs @ (obs - at_obs)[..., None])[..., 0]
-    return found
-
-
-def through_model(agent, step, obs, action):
-    """The next observation of the world, with the derivatives of the model (mean over its members)."""
-    found = agent.members(obs, action).mean(0)
-    return step[2] + found - found.detach()
+        for what, found in (("ensemble", hat.mean(0)), ("member", hat)):
+            about = dict(by=by, what=what)
+            yield from (about | dict(kind="all") | row for row in by_contact(found, truth, contact))
+            for kind, dims in kinds.items():
+                yield about | dict(kind=kind) | compared(found[..., list(dims), :], truth[:, list(dims)])
 
 
 def target_gradient(agent, obs, action, predict):
     """Action-gradient (..., n, da) of the TD target of a step in which `predict(action)` is what comes next."""
     def step_target(action):
-        outcome = agent.outcome(obs, action, predict(action))
-        flat = [x.flatten(0, -2) if x is outcome[1] else x.flatten() for x in outcome]
-        noise = torch.zeros(())
+        reward, next_obs, terminated = agent.outcome(obs, action, predict(action))
+        flat = reward.flatten(), next_obs.flatten(0, -2), terminated.flatten()
+        noise = torch.zeros_like(reward).flatten()[:, None]
         y = mage_td3.td_target(agent.actor_target, agent.critic_target, *flat, noise, agent.gamma)
-        return y.view(outcome[0].shape)
+        return y.view(reward.shape)
 
     return mage_td3.with_action_gradient(step_target, action)[1]
 
 
 def target_rows(agent, step, truth):
-    obs, action, contact = step[0], step[1], step[5]
-    model, k = agent.model, agent.model.members
-
-    def noisy(a):
-        mean, logvar = model(obs.expand(k, -1, -1), a)
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0), dtype=mean.dtype)
-        return obs + model.delta_norm.inverse(mean + (logvar / 2).exp() * noise)
-
-    every = action.expand(k, -1, -1)
-    member = target_gradient(agent, obs, every, partial(agent.members, obs))
-    found = dict(ensemble=member.mean(0), member=member, sample=target_gradient(agent, obs, every, noisy),
-                 derivative=target_gradient(agent, obs, action, partial(through_model, agent, step, obs)))  # fmt: skip
-    for what, gradient in found.items():
-        for where, mask in (("", contact | True), ("in contact", contact), ("no contact", ~contact)):
-            if mask.any():
-                yield dict(what=what, where=where) | compared(gradient[..., mask, :], truth[mask])
+    obs, action, contact = step[0], step[1], step[-1]
+    every = action.expand(agent.model.members, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(agent.model.members, *obs.shape, generator=generator, dtype=obs.dtype)
+    gradient = partial(target_gradient, agent, obs)
+    member = gradient(every, lambda a: agent.imagined(obs, a))
+    found = dict(ensemble=member.mean(0), member=member,
+                 sample=gradient(every, lambda a: agent.imagined(obs, a, noise)),
+                 derivative=gradient(action, lambda a: agent.through_model(step, obs, a)))  # fmt: skip
+    for what, hat in found.items():
+        yield from (dict(what=what) | row for row in by_contact(hat, truth, contact))
 
 
 def critic_rows(agent, step, truth):
-    obs, action, contact = step[0], step[1], step[5]
-    found = critic_gradients(agent.critic, obs, action)
+    obs, action, contact = step[0], step[1], step[-1]
     every = action.expand(agent.critic.members, -1, -1)
     _, grad_q = mage_td3.with_action_gradient(partial(agent.critic, obs), every)
     residual = (truth - grad_q).norm(dim=-1).mean(0)  # (n,)
-    for where, mask in (("", contact | True), ("in contact", contact), ("no contact", ~contact)):
-        if mask.any():
-            row = compared(found[mask], truth[mask])
-            yield dict(where=where) | row | dict(residual=residual[mask].quantile(0.5).item())
+    yield from by_contact(critic_gradients(agent.critic, obs, action), truth, contact, residual=residual)
 
 
 # --- the horizon --------------------------------------------------------------------------------------------
@@ -316,14 +249,14 @@ class Follow:
 
     def sample(self, obs):
         action, self.first = self.actor(obs) if self.first is None else self.first, None
-        action = action.repeat(len(obs) // len(action), 1)  # the first one, once for each sample
+        action = action.repeat(len(obs) // len(action), 1)  # the first one is that of all samples
         return action, torch.zeros_like(action[:, 0])
 
 
 def horizon_gradients(agent, obs, predict, horizon, samples=1):
     """Of H rewards and the critic: by the first action (n, da), and by the policy's parameters (1, .), a mean.
 
-    predict(t, obs, action) is what comes next; the objective is that of MAAC, without entropy.
+    predict(t, obs, action) is what comes next. The objective is MAAC's, without entropy.
     """
     first, t = agent.actor(obs), count()
 
@@ -332,120 +265,111 @@ def horizon_gradients(agent, obs, predict, horizon, samples=1):
 
     policy = Follow(agent.actor, first)
     loss, _ = maac_sac.actor_loss(policy, agent.critic, step, 0.0, obs, agent.gamma, horizon, samples)
-    by_action, *by_policy = torch.autograd.grad(-loss, [first, *agent.actor.parameters()], allow_unused=True)
-    return by_action * len(obs), torch.cat([p.flatten() for p in by_policy if p is not None])[None]
+    by_action, *by_policy = torch.autograd.grad(-loss, [first, *agent.actor.parameters()])
+    return by_action * len(obs), torch.cat([part.flatten() for part in by_policy])[None]
 
 
 def horizon_rows(agent, paths, longest):
-    """paths: a recorded step of n states for each t."""
-    obs = paths[0][0]
-    start, _ = horizon_gradients(agent, obs, None, 0)
-    for h in range(longest + 1):
-        truth = horizon_gradients(agent, obs, lambda t, s, a: through_world(paths[t], s, a), h)
-        found = {"critic": ((start,), 1)}
+    """paths: a stacked step for each time."""
+    def noisy(t, obs, action):
+        return agent.model.sample(obs, action, torch.randn_like(obs))
+
+    at_once = horizon_gradients(agent, paths[0][0], None, 0)[:1]  # by the action alone
+    for horizon in range(longest + 1):
+        gradients, found = partial(horizon_gradients, agent, paths[0][0]), {"critic": at_once}
+        truth = gradients(lambda t, s, a: through_world(paths[t], s, a), horizon)
         if agent.model is not None:
-            torch.manual_seed(h)
-            chained = horizon_gradients(agent, obs, lambda t, s, a: through_model(agent, paths[t], s, a), h)
-            k, model = agent.model.members, agent.model
-            imagined = horizon_gradients(
-                agent, obs, lambda t, s, a: model.sample(s, a, torch.randn_like(s)), h, k)  # fmt: skip
-            found |= {"derivative": (chained, 2), "imagined": (imagined, 2)}
-        for what, (gradients, pairs) in found.items():
-            for by, hat, true in list(zip(("action", "policy"), gradients, truth, strict=False))[:pairs]:
-                yield dict(by=by, what=what, horizon=h) | compared(hat, true)
+            torch.manual_seed(horizon)
+            found["derivative"] = gradients(lambda t, s, a: agent.through_model(paths[t], s, a), horizon)
+            found["imagined"] = gradients(noisy, horizon, agent.model.members)
+        for what, hats in found.items():
+            for by, hat, true in zip(("action", "policy"), hats, truth, strict=False):
+                yield dict(by=by, what=what, horizon=horizon) | compared(hat, true)
 
 
 def measure(agent, args, bar):
-    """The rows {column: value} of a run."""
-    found = records(agent, args, bar)
-    for states, paths in found.items():
+    """The rows of a run."""
+    differ = step_sizes(agent, args)
+    print(f"{agent.name}: a tenth of the difference changes the Jacobian by the action by {differ[0]:.1g} "
+          f"(median), {differ[1]:.1g} (90%)", flush=True)  # fmt: skip
+    for states, paths in records(agent, args, bar).items():
         if not paths:
             continue
         step = stacked([path[0] for path in paths])
-        about = dict(run=agent.name, env_id=agent.env_id, step=agent.step)
-        print(f"{agent.name}: {states} states, {step[5].double().mean():.0%} in contact; the Jacobian by the "
-              f"action with a tenth of the difference is another by {step[6].quantile(0.5):.1g} (median), "
-              f"{step[6].quantile(0.9):.1g} (90%)", flush=True)  # fmt: skip
+        print(f"{agent.name}: {states} states, {step[-1].double().mean():.0%} of them in contact; "
+              f"{(step[1].abs() > 0.99).double().mean():.0%} of the actions at a bound", flush=True)  # fmt: skip
         truth = target_gradient(agent, step[0], step[1], partial(through_world, step, step[0]))
         parts = {"critic": critic_rows(agent, step, truth)}
         if agent.model is not None:
-            parts = {"model": model_rows(agent, step), "target": target_rows(agent, step, truth)} | parts
-        long = [path for path in paths if len(path) == args.horizon > 0 and path[0][4] is not None]
-        if states == "fresh" and long:
-            stepwise = [stacked(steps) for steps in zip(*long, strict=True)]
-            parts["horizon"] = horizon_rows(agent, stepwise, args.horizon)
+            parts |= {"model": model_rows(agent, step), "target": target_rows(agent, step, truth)}
+        if states == "fresh" and step[4] is not None and args.horizon:
+            long = [path for path in paths if len(path) == args.horizon]
+            parts["horizon"] = horizon_rows(
+                agent, [stacked(steps) for steps in zip(*long, strict=True)], args.horizon)  # fmt: skip
+        about = dict(run=agent.name, env_id=agent.env_id, step=agent.step, states=states)
         for part, rows in parts.items():
             for row in rows:
-                yield about | dict(part=part, where_from=states) | {
-                    name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}  # fmt: skip
+                numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                yield about | dict(part=part) | numbers
 
 
 # --- figure and table ---------------------------------------------------------------------------------------
-def pick(rows, column, **wanted):
-    """The numbers of a column in the rows that have these values, and of other keys none."""
-    keys = ("run", "part", "where_from", "by", "what", "kind", "where")
-    return [float(row[column]) for row in rows
-            if all(row.get(key, "") == wanted.get(key, "") for key in keys if key in wanted or key == "where")]
+def figure(rows, path):
+    def find(column, **wanted):  # numbers of the rows that have these values
+        return [float(row[column]) for row in rows if all(row.get(k, "") == v for k, v in wanted.items())]
 
+    def one(column, **wanted):
+        return (find(column, contact="", states="fresh", **wanted) or [np.nan])[0]
 
-def figure(rows, args, path):
+    drawing, (a, b, c, d) = plt.subplots(1, 4, figsize=(16, 4), layout="tight")
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    drawing, panels = plt.subplots(1, 4, figsize=(16, 4), layout="tight")
-    kinds = [kind for kind in ("all", "positions", "velocities", "x velocity")
-             if any(row.get("kind") == kind for row in rows)]  # fmt: skip
-    for i, (run, colour) in enumerate(zip(runs, COLOURS * len(runs), strict=False)):
-        at, width = (i - (len(runs) - 1) / 2) * 0.8 / len(runs), 0.8 / len(runs)
-        fresh = dict(run=run, where_from="fresh")
-        model = [pick(rows, "error", **fresh, part="model", by="action", what="ensemble", kind=kind)
-                 for kind in kinds]  # fmt: skip
-        cosines = [pick(rows, "cosine", **fresh, part="target", what=what) for what in ("ensemble", "sample")]
-        cosines.append(pick(rows, "cosine", **fresh, part="critic"))
-        for panel, values in ((panels[0], model), (panels[1], cosines)):
-            bars = [value[0] if value else np.nan for value in values]
-            panel.bar(np.arange(len(bars)) + at, bars, width, color=colour, label=run)
+    kinds = ("all", "positions", "velocities", "x velocity")
+    for i, run in enumerate(runs):
+        width, colour = 0.8 / len(runs), COLOURS[i % len(COLOURS)]
+        at = (i - (len(runs) - 1) / 2) * width
+        mine = dict(run=run, part="model", by="action", what="ensemble")
+        a.bar(np.arange(4) + at, [one("error", **mine, kind=kind) for kind in kinds], width, color=colour)
+        bars = [one("cosine", run=run, part="target", what=what) for what in ("ensemble", "sample")]
+        bars.append(one("cosine", run=run, part="critic"))
+        b.bar(np.arange(3) + at, bars, width, color=colour, label=run)
         for what, style in (("imagined", "-"), ("critic", ":")):
-            values = pick(rows, "cosine", **fresh, part="horizon", by="action", what=what)
-            panels[2].plot(range(len(values)), values, style, color=colour)
-        values = pick(rows, "true_length", **fresh, part="horizon", by="action", what="critic")
-        panels[3].plot(range(len(values)), values, color=colour)
-    panels[0].set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds])
-    panels[1].set_xticks(range(3), ["target,\nthrough the\nmodel", "a sample\nof it", "critic"])
-    panels[0].set_title("Model, by the action: relative error", fontsize=10)
-    panels[1].set_title("Cosine with the true action-gradient\nof the TD target", fontsize=10)
-    panels[2].set_title("H rewards, by the first action: cosine;\n- model, ... critic at once", fontsize=10)
-    panels[3].set_title("Length of the true gradient of H rewards\nby the first action", fontsize=10)
-    panels[3].set_yscale("log")
-    for panel in panels[2:]:
-        panel.set_xlabel("H")
-    for panel in panels:
+            c.plot(find("cosine", run=run, part="horizon", by="action", what=what), style, color=colour)
+        d.plot(find("true_length", run=run, part="horizon", what="critic"), color=colour)
+    a.set_xticks(range(4), [kind.replace(" ", "\n") for kind in kinds])
+    b.set_xticks(range(3), ["target through\nthe model", "a sample\nof it", "critic"])
+    titles = ("Model, derivative by the action:\nrelative error", "Cosine with the true action-gradient\n"
+              "of the TD target", "Gradient of H rewards by the first action:\ncosine of the model's (-), the "
+              "critic's (...)", "Gradient of H rewards by the first action:\ntrue length")  # fmt: skip
+    for panel, title in zip((a, b, c, d), titles, strict=True):
+        panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.25)
-    panels[1].legend(fontsize=8, loc="lower left")
+    c.set_xlabel("H")
+    d.set(xlabel="H", yscale="log")
+    b.legend(fontsize=8)
     write_whole(path, partial(drawing.savefig, format=path.suffix[1:], dpi=120))
     plt.close(drawing)
 
 
 def main(args):
-    for name, least in dict(states=1, episodes=1, horizon=0, starts=1).items():
+    for name, least in dict(states=1, every=1, horizon=0, starts=1).items():
         if getattr(args, name) < least:
             raise BadInput(f"--{name} {getattr(args, name)}: give at least {least}.")
     if not args.runs:
-        raise BadInput("no run is named: give the folders of some, runs/<env-id>/<script>/seed-<seed>.")
-    path = figure_path(args.output)
+        raise BadInput("No run is named: give the folders of some, runs/<env-id>/<script>/seed-<seed>.")
+    path, rows = figure_path(args.output), []
     torch.set_num_threads(1)
     agents = [Agent(folder) for folder in args.runs]
-    rows = []
     with tqdm(total=2 * args.states * len(agents), unit="state", disable=None) as bar:
         for agent in agents:
             rows += measure(agent, args, bar)
     write_table(path.with_suffix(".csv"), rows)
-    figure(rows, args, path)
-    print("| run | part | what | error | 90% | cosine | length | true length |\n" + "|---" * 8 + "|")
+    figure(rows, path)
+    names = ("run", "states", "part", "by", "what", "count", "error", "error_90", "cosine", "length",
+             "true_length", "residual")  # fmt: skip
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for row in rows:
-        if (row["part"], row.get("by", "action"), row.get("kind", "all")) in [
-                (part, "action", "all") for part in ("model", "target", "critic")] and not row.get("where"):  # fmt: skip
-            names = (row["run"], f"{row['part']}, {row['where_from']}", row.get("what", ""))
-            numbers = (row[c] for c in ("error", "error_90", "cosine", "length", "true_length"))
-            print(f"| {' | '.join([*names, *numbers])} |")
+        if row["part"] != "horizon" and row.get("kind", "all") == "all" and not row["contact"]:
+            print(f"| {' | '.join(str(row.get(name, '')) for name in names)} |")
 
 
 if __name__ == "__main__":
