@@ -137,7 +137,7 @@ class MuJoCoDerivatives:
         return np.append(info["x_velocity"], obs) if self.x_first else obs
 
     def go_on(self, action):
-        """Makes the state after a step the state -> its observation, and whether the step ended in contact."""
+        """Makes the state after a step the state -> its observation, and whether it is one in contact."""
         obs = self.step(action)
         mujoco.mj_getState(self.model, self.data, self.state, self.kind)
         return obs, self.data.ncon > 0  # contacts of the last physics step

@@ -65,7 +65,7 @@ def gradient_quality(actor, critic, env_id, gamma, starts):
 
 # --- of one step of a robot: common.experiments.true_derivatives --------------------------------------------
 def trajectory(true, policy, obs, steps):
-    """Steps of a policy from the state that a MuJoCoDerivatives is in, whose observation is obs (ds,), float64.
+    """Steps of a policy from the state of a MuJoCoDerivatives, whose observation is obs (ds,), in float64.
 
     -> [[obs (ds,), action (da,), next_obs (ds,), by_action (ds, da), by_obs (ds, ds) or None, contact ()]].
     """

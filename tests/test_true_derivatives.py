@@ -1,12 +1,27 @@
 """True derivatives of robots: against MuJoCo's own, against other step sizes; the environment goes on."""
 
+import csv
+
 import mujoco
 import numpy as np
 import pytest
+import torch
 
 from common import BadInput
 from common.dynamics import SMOOTH, MuJoCoDerivatives
 from common.envs import make_env
+from common.experiments.robot_runs import Agent
+from common.experiments.true_derivatives import (
+    Args,
+    by_contact,
+    horizon_gradients,
+    main,
+    model_jacobians,
+    target_gradient,
+    target_rows,
+)
+from common.true_gradients import compared, stacked, through_world, trajectory
+from tests.conftest import SCRIPTS, train
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]
 
@@ -112,3 +127,141 @@ def test_what_does_not_show_its_whole_state_has_no_derivative_by_it():
         true.by_obs(action)
     with MuJoCoDerivatives(env) as true, pytest.raises(BadInput, match="whole state"):
         true.restore(np.zeros(23))
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny runs of the four scripts; trained far enough for a model."""
+    made = {}
+    for name, env_id in [(name, "HalfCheetah-v4") for name in SCRIPTS] + [("td3", "Pendulum-v1")]:
+        folder = tmp_path_factory.mktemp("runs") / env_id / name
+        train(name, folder, env_id=env_id, eval_episodes=0)
+        made[name, env_id] = folder
+    return made
+
+
+@pytest.fixture
+def agent(folders):
+    return Agent(folders["mage_td3", "HalfCheetah-v4"])
+
+
+def again(agent, path, first, horizon):
+    """The return of H steps in the world and the critic after them, for another first action."""
+    obs, total = path[0][0], 0.0
+    with agent.true as true:
+        true.restore(obs[0].numpy())
+        for t in range(horizon + 1):
+            action = torch.as_tensor(first)[None] if t == 0 else agent.actor(obs).detach()
+            if t == horizon:
+                return total + agent.gamma**t * agent.critic(obs, action).min().item()
+            next_obs = torch.as_tensor(true.go_on(action[0].numpy())[0])[None]
+            total += agent.gamma**t * agent.outcome(obs, action, next_obs)[0].item()
+            obs = next_obs
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2, 4])
+def test_a_chained_gradient_is_that_of_the_return_in_the_world(agent, horizon):
+    obs = agent.rows[40, : agent.obs_dim].double().numpy()
+    with agent.true as true:
+        true.restore(obs)
+        path = [stacked([step]) for step in trajectory(true, agent.actor, obs, 5)]
+    found, _ = horizon_gradients(
+        agent, path[0][0], lambda t, s, a: through_world(path[t], s, a), horizon)  # fmt: skip
+    first = path[0][1][0].numpy()
+    truth = [np.subtract(*(again(agent, path, first + by, horizon) for by in (step, -step))) / 2e-5
+             for step in 1e-5 * np.eye(6)]  # fmt: skip
+    np.testing.assert_allclose(found[0], truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+
+
+def test_the_gradient_of_the_target_is_that_of_the_world(agent):
+    obs = agent.rows[40, : agent.obs_dim].double().numpy()
+    with agent.true as true:
+        true.restore(obs)
+        step = stacked([trajectory(true, agent.actor, obs, 1)[0]])
+        true.restore(obs)
+
+        def target(action):  # in the world, with the script's own arithmetic written out
+            next_obs = torch.as_tensor(true.step(action))[None]
+            value = agent.critic_target(next_obs, agent.actor_target(next_obs)).min().item()
+            return next_obs[0, 0].item() - 0.1 * np.square(action).sum() + agent.gamma * value
+
+        first = step[1][0].numpy()
+        truth = [(target(first + by) - target(first - by)) / 2e-5 for by in 1e-5 * np.eye(6)]
+    found = target_gradient(agent, step[0], step[1], lambda a: through_world(step, step[0], a))
+    np.testing.assert_allclose(found[0], truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+
+
+def test_jacobians_of_a_model_are_those_of_its_mean(agent):
+    rows = agent.rows[30:33].double()
+    obs, action = rows[:, : agent.obs_dim], rows[:, agent.obs_dim : agent.obs_dim + 6]
+    by_action, by_obs = model_jacobians(agent.model, obs, action)
+    scale = agent.model.delta_norm.scale
+    for jacobian, at in ((by_action, action), (by_obs, obs)):
+        for i in (0, 3):
+            step = torch.zeros_like(at)
+            step[:, i] = 1e-6
+            pair = [(obs, action + by) if at is action else (obs + by, action) for by in (step, -step)]
+            ends = [(agent.imagined(*inputs) - inputs[0]) / scale for inputs in pair]
+            torch.testing.assert_close(jacobian[..., i], (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_the_world_has_no_error(agent, monkeypatch):
+    obs = agent.rows[40:44, : agent.obs_dim].double().numpy()
+    steps = []
+    with agent.true as true:
+        for row in obs:
+            true.restore(row)
+            steps += trajectory(true, agent.actor, row, 1)
+    step = stacked(steps)
+    truth = target_gradient(agent, step[0], step[1], lambda a: through_world(step, step[0], a))
+
+    def perfect(obs, action, noise=0.0):
+        return through_world(step, obs, action).expand(agent.model.members, *obs.shape)
+
+    assert all(row["error"] > 0.01 for row in target_rows(agent, step, truth))
+    monkeypatch.setattr(agent, "imagined", perfect)
+    for row in target_rows(agent, step, truth):
+        assert row["error"] < 1e-9 and row["cosine"] > 1 - 1e-9
+
+
+def test_numbers_of_a_comparison():
+    found = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
+    truth = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    row = compared(found, truth)  # errors 2, 1, sqrt 2; cosines 1, 1, 0
+    assert row["count"] == 3 and row["error"] == pytest.approx(2**0.5) and row["cosine"] == 1
+    assert row["length"] == 2 and row["true_length"] == 1
+    assert row["error_90"] == pytest.approx(2**0.5 + 0.8 * (2 - 2**0.5))
+    rows = list(by_contact(found, truth, torch.tensor([True, False, False]), residual=torch.arange(3.0)))
+    assert [(row["contact"], row["count"], row["residual"]) for row in rows] == [
+        ("", 3, 1), ("yes", 1, 0), ("no", 2, 1.5)]  # fmt: skip
+    assert rows[1]["error"] == 2
+
+
+def test_the_program_writes_figure_and_table(folders, tmp_path, capsys):
+    runs = tuple(folders[name, "HalfCheetah-v4"] for name in SCRIPTS)
+    main(Args(runs, tmp_path / "f.png", states=8, every=3, horizon=3, starts=4))
+    with (tmp_path / "f.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    parts = {name: set() for name in SCRIPTS}
+    for row in rows:
+        parts[row["run"].removeprefix("HalfCheetah-v4/")].add(row["part"])
+    assert parts["td3"] == {"critic", "horizon"}
+    for name in SCRIPTS[1:]:
+        assert parts[name] == {"critic", "horizon", "model", "target"}
+    exact = [row for row in rows if (row["part"], row["horizon"]) == ("horizon", "0")]
+    assert len(exact) == 4 + 3 * 4  # of the critic; by action and by policy in the model, two ways
+    assert all(float(row["error"]) < 1e-6 for row in exact)  # without a step there is no model
+    assert "tenth of the difference" in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_is_refused_with_a_sentence(folders, tmp_path):
+    good = folders["td3", "HalfCheetah-v4"]
+    for runs, more, words in (((folders["td3", "Pendulum-v1"],), {}, "Pendulum-v1 has no true derivatives"),
+                              ((), {}, "No run is named"), ((tmp_path,), {}, "args.json does not exist"),
+                              ((good,), dict(states=0), "--states 0"),
+                              ((good,), dict(output=tmp_path / "f.txt"), "--output")):  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            main(Args(runs, **dict(output=tmp_path / "f.png") | more))
+    assert not list(tmp_path.iterdir())

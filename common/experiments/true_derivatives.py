@@ -1,11 +1,11 @@
 """Is the derivative of a learned model that of the world? Models and critics of runs on MuJoCo robots.
 
-    python -m common.experiments.true_derivatives RUN_FOLDERS -o true_derivatives.png
+    python -m common.experiments.true_derivatives runs/HalfCheetah-v4/maac_sac/seed-0 -o true_derivatives.png
 
 MAGE takes the gradient of its target through a learned model in the place of the world (Eq. 6 for Eq. 5), and
 MAAC chains the model's derivatives H times. The world's own are had by differences (common/dynamics.py), in
-states of new episodes of the policy and, where an observation tells the state, in replayed ones; the action is
-the policy's, without noise. The CSV file beside the figure has four parts:
+states of new episodes of the policy and, where an observation tells the state, in replayed ones; the action
+is the policy's, without noise. Several runs may be named. The CSV file beside the figure has four parts:
 
 model    the Jacobians of the model's mean change by action and by observation, in units of its normalisers:
          of the ensemble (mean over members) and of a member; by kind of quantity, and by contact. That by the
@@ -27,7 +27,6 @@ error_90 is the 90% quantile. The critic of MAGE is trained for what `critic` me
 function, also in a run that learned one. MAAC's target is without entropy, its action the policy's mean.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -42,12 +41,9 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, Fault
-from common.dynamics import MuJoCoDerivatives
-from common.envs import call, make_env
-from common.evaluate import load_script
-from common.files import figure_path, loading, newest, read_checkpoint, write_table, write_whole
-from common.rewards import reward_fn, termination_fn
-from common.true_gradients import compared, critic_gradients, stacked, through_world, trajectory
+from common.experiments.robot_runs import Agent, records, step_sizes
+from common.files import figure_path, write_table, write_whole
+from common.true_gradients import compared, critic_gradients, stacked, through_world
 
 try:
     import maac_sac
@@ -61,7 +57,6 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b6b6b", "#E69F00")
-SEED = 2 * 10**6  # of the first new episode; no evaluation starts there
 
 
 @dataclass
@@ -72,99 +67,6 @@ class Args:
     every: int = 15  # steps between two states of an episode
     horizon: int = 20  # the longest; H goes from 0 to it
     starts: int = 64  # states in which trajectories start, among those of new episodes
-
-
-# --- what is given ------------------------------------------------------------------------------------------
-class Agent:
-    """The networks of a run's last checkpoint, in float64. BadInput if the robot has no true derivatives."""
-
-    def __init__(self, folder):
-        script, self.env_id = load_script(folder)
-        self.env = make_env(self.env_id)
-        self.true, path = MuJoCoDerivatives(self.env), newest(folder)
-        if path is None:
-            raise BadInput(f"{folder} has no checkpoint: let the run go on with --resume.")
-        state, self.name = read_checkpoint(path), "/".join(Path(folder).absolute().parts[-2:])
-        self.obs_dim, da = (x.shape[0] for x in (self.env.observation_space, self.env.action_space))
-        with loading(path):
-            args = script.Args(**state["args"])
-            if hasattr(script, "networks"):  # maac_sac.py, whose target has no actor of its own
-                nets = script.networks(args, self.obs_dim, da)
-                nets = dict(zip(("actor", "critic", "critic_target", "model"), nets, strict=True))
-            else:
-                norm = script.Normaliser(self.obs_dim)
-                actor = script.Actor(norm, da, args.actor_hidden)
-                critic = script.Critic(norm, da, args.critic_hidden, args.num_critics)
-                nets = dict(actor=actor, actor_target=actor, critic=critic, critic_target=critic)
-                if hasattr(script, "Dynamics"):
-                    size = (args.model_hidden, args.model_layers, args.ensemble_size)
-                    nets["model"] = script.Dynamics(norm, da, *size)
-            for name, net in nets.items():  # copies, as some of them stand in two places
-                net.load_state_dict(state[name])
-                nets[name] = copy.deepcopy(net).double().requires_grad_(name == "actor")
-            self.rows = state["real" if "real" in state else "buffer"]["rows"]
-        self.actor, self.critic, self.critic_target = (nets[n] for n in ("actor", "critic", "critic_target"))
-        self.actor_target, self.model = nets.get("actor_target", self.actor), nets.get("model")
-        if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
-            self.model = None  # as in a run of SAC
-        self.gamma, self.step = args.gamma, state["step"]
-
-    def outcome(self, obs, action, next_obs):
-        """What a step gives: reward, next_obs, terminated."""
-        known = reward_fn(self.env_id), termination_fn(self.env_id)
-        return known[0](obs, action, next_obs), next_obs, known[1](next_obs)
-
-    def imagined(self, obs, action, noise=0.0):
-        """The next observation by each member, (n, ds) with (n, da) or (K, n, da) -> (K, n, ds)."""
-        rows = [x.expand(self.model.members, *x.shape[-2:]) for x in (obs, action)]
-        mean, logvar = self.model(*rows)
-        return obs + self.model.delta_norm.inverse(mean + (logvar / 2).exp() * noise)
-
-    def through_model(self, step, obs, action):
-        """What comes next in the world, with the derivatives of the model, mean over its members."""
-        found = self.imagined(obs, action).mean(0)
-        return step[2] + found - found.detach()
-
-
-def records(agent, args, bar):
-    """Trajectories of the policy in the world: from states of new episodes, and from replayed ones."""
-    fresh, replayed, rng, every = [], [], np.random.default_rng(0), max(args.states // args.starts, 1)
-    while len(fresh) < args.states:
-        obs, _ = call(agent.env_id, agent.env.reset, seed=None if fresh else SEED)
-        t, first, done = 0, rng.integers(args.every), False
-        while not done and len(fresh) < args.states:
-            if t % args.every == first:
-                steps = max(args.horizon, 1) if len(fresh) % every == 0 else 1
-                with agent.true as true:
-                    fresh.append(trajectory(true, agent.actor, obs.astype(float), steps))
-                bar.update()
-            action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
-            obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
-            t, done = t + 1, terminated or truncated
-    for row in agent.rows[torch.as_tensor(rng.integers(len(agent.rows), size=args.states))]:
-        obs = row[: agent.obs_dim].double().numpy()
-        with agent.true as true:
-            if true.first is not None:
-                true.restore(obs)
-                replayed.append(trajectory(true, agent.actor, obs, 1))
-        bar.update()
-    return {"fresh": fresh, "replayed": replayed}
-
-
-def step_sizes(agent, args):
-    """How much the Jacobians by the action of a new episode change with a tenth of EPS: medians, 90%."""
-    obs, _ = call(agent.env_id, agent.env.reset, seed=SEED)
-    found = []
-    for t in range(20 * args.every):
-        action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
-        if t % args.every == 0:
-            with agent.true as true:
-                one, other = true.by_action(action), true.by_action(action, true.EPS / 10)
-            found.append(np.linalg.norm(one - other) / np.linalg.norm(one))
-        obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
-        if terminated or truncated:
-            break
-    return np.quantile(found, (0.5, 0.9))
 
 
 # --- what is compared: rows {column: value} of the table ----------------------------------------------------
@@ -207,7 +109,7 @@ def model_rows(agent, step):
 
 
 def target_gradient(agent, obs, action, predict):
-    """Action-gradient (..., n, da) of the TD target of a step in which `predict(action)` is what comes next."""
+    """Action-gradient (..., n, da) of the TD target of a step; `predict(action)` is what comes next."""
     def step_target(action):
         reward, next_obs, terminated = agent.outcome(obs, action, predict(action))
         flat = reward.flatten(), next_obs.flatten(0, -2), terminated.flatten()
@@ -254,7 +156,7 @@ class Follow:
 
 
 def horizon_gradients(agent, obs, predict, horizon, samples=1):
-    """Of H rewards and the critic: by the first action (n, da), and by the policy's parameters (1, .), a mean.
+    """Of H rewards and the critic: by the first action (n, da), by the policy's parameters (1, .), a mean.
 
     predict(t, obs, action) is what comes next. The objective is MAAC's, without entropy.
     """
@@ -296,8 +198,9 @@ def measure(agent, args, bar):
         if not paths:
             continue
         step = stacked([path[0] for path in paths])
-        print(f"{agent.name}: {states} states, {step[-1].double().mean():.0%} of them in contact; "
-              f"{(step[1].abs() > 0.99).double().mean():.0%} of the actions at a bound", flush=True)  # fmt: skip
+        touching, bound = step[-1].double().mean(), (step[1].abs() > 0.99).double().mean()
+        print(f"{agent.name}: {states} states, {touching:.0%} of them in contact; {bound:.0%} of the numbers "
+              "in their actions are beyond 0.99", flush=True)  # fmt: skip
         truth = target_gradient(agent, step[0], step[1], partial(through_world, step, step[0]))
         parts = {"critic": critic_rows(agent, step, truth)}
         if agent.model is not None:
@@ -338,8 +241,8 @@ def figure(rows, path):
     a.set_xticks(range(4), [kind.replace(" ", "\n") for kind in kinds])
     b.set_xticks(range(3), ["target through\nthe model", "a sample\nof it", "critic"])
     titles = ("Model, derivative by the action:\nrelative error", "Cosine with the true action-gradient\n"
-              "of the TD target", "Gradient of H rewards by the first action:\ncosine of the model's (-), the "
-              "critic's (...)", "Gradient of H rewards by the first action:\ntrue length")  # fmt: skip
+              "of the TD target", "Gradient of H rewards by first action:\ncosine, model (-), critic (...)",
+              "Gradient of H rewards by first action:\ntrue length")  # fmt: skip
     for panel, title in zip((a, b, c, d), titles, strict=True):
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.25)

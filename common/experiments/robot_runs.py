@@ -1,0 +1,109 @@
+"""Runs on MuJoCo robots: their networks, and what the world does in the states that they come to."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import BadInput
+from common.dynamics import MuJoCoDerivatives
+from common.envs import call, make_env
+from common.evaluate import load_script
+from common.files import loading, newest, read_checkpoint
+from common.rewards import reward_fn, termination_fn
+from common.true_gradients import trajectory
+
+SEED = 2 * 10**6  # of the first new episode; no evaluation starts there
+
+
+class Agent:
+    """The networks of a run's last checkpoint, in float64. BadInput if the robot has no true derivatives."""
+
+    def __init__(self, folder):
+        script, self.env_id = load_script(folder)
+        self.env = make_env(self.env_id)
+        self.true, path = MuJoCoDerivatives(self.env), newest(folder)
+        if path is None:
+            raise BadInput(f"{folder} has no checkpoint: let the run go on with --resume.")
+        state, self.name = read_checkpoint(path), "/".join(Path(folder).absolute().parts[-2:])
+        self.obs_dim, da = (x.shape[0] for x in (self.env.observation_space, self.env.action_space))
+        with loading(path):
+            args = script.Args(**state["args"])
+            if hasattr(script, "networks"):  # maac_sac.py, whose target has no actor of its own
+                nets = script.networks(args, self.obs_dim, da)
+                nets = dict(zip(("actor", "critic", "critic_target", "model"), nets, strict=True))
+            else:
+                norm = script.Normaliser(self.obs_dim)
+                actor = script.Actor(norm, da, args.actor_hidden)
+                critic = script.Critic(norm, da, args.critic_hidden, args.num_critics)
+                nets = dict(actor=actor, actor_target=actor, critic=critic, critic_target=critic)
+                if hasattr(script, "Dynamics"):
+                    size = (args.model_hidden, args.model_layers, args.ensemble_size)
+                    nets["model"] = script.Dynamics(norm, da, *size)
+            for name, net in nets.items():  # copies, as some of them stand in two places
+                net.load_state_dict(state[name])
+                nets[name] = copy.deepcopy(net).double().requires_grad_(name == "actor")
+            self.rows = state["real" if "real" in state else "buffer"]["rows"]
+        self.actor, self.critic, self.critic_target = (nets[n] for n in ("actor", "critic", "critic_target"))
+        self.actor_target, self.model = nets.get("actor_target", self.actor), nets.get("model")
+        if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
+            self.model = None  # as in a run of SAC
+        self.gamma, self.step = args.gamma, state["step"]
+
+    def outcome(self, obs, action, next_obs):
+        """What a step gives: reward, next_obs, terminated."""
+        known = reward_fn(self.env_id), termination_fn(self.env_id)
+        return known[0](obs, action, next_obs), next_obs, known[1](next_obs)
+
+    def imagined(self, obs, action, noise=0.0):
+        """The next observation by each member, (n, ds) with (n, da) or (K, n, da) -> (K, n, ds)."""
+        rows = [x.expand(self.model.members, *x.shape[-2:]) for x in (obs, action)]
+        mean, logvar = self.model(*rows)
+        return obs + self.model.delta_norm.inverse(mean + (logvar / 2).exp() * noise)
+
+    def through_model(self, step, obs, action):
+        """What comes next in the world, with the derivatives of the model, mean over its members."""
+        found = self.imagined(obs, action).mean(0)
+        return step[2] + found - found.detach()
+
+
+def records(agent, args, bar):
+    """Trajectories of the policy in the world: from states of new episodes, and from replayed ones."""
+    fresh, replayed, rng, every = [], [], np.random.default_rng(0), max(args.states // args.starts, 1)
+    while len(fresh) < args.states:
+        obs, _ = call(agent.env_id, agent.env.reset, seed=None if fresh else SEED)
+        t, first, done = 0, rng.integers(args.every), False
+        while not done and len(fresh) < args.states:
+            if t % args.every == first:
+                steps = max(args.horizon, 1) if len(fresh) % every == 0 else 1
+                with agent.true as true:
+                    fresh.append(trajectory(true, agent.actor, obs.astype(float), steps))
+                bar.update()
+            action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
+            obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
+            t, done = t + 1, terminated or truncated
+    for row in agent.rows[torch.as_tensor(rng.integers(len(agent.rows), size=args.states))]:
+        obs = row[: agent.obs_dim].double().numpy()
+        with agent.true as true:
+            if true.first is not None:
+                true.restore(obs)
+                replayed.append(trajectory(true, agent.actor, obs, 1))
+        bar.update()
+    return {"fresh": fresh, "replayed": replayed}
+
+
+def step_sizes(agent, args):
+    """How much the Jacobians by the action of a new episode change with a tenth of EPS: medians, 90%."""
+    obs, _ = call(agent.env_id, agent.env.reset, seed=SEED)
+    found = []
+    for t in range(20 * args.every):
+        action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
+        if t % args.every == 0:
+            with agent.true as true:
+                one, other = true.by_action(action), true.by_action(action, true.EPS / 10)
+            found.append(np.linalg.norm(one - other) / np.linalg.norm(one))
+        obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
+        if terminated or truncated:
+            break
+    return np.quantile(found, (0.5, 0.9))
