@@ -14,6 +14,7 @@ from common.experiments.robot_runs import Agent
 from common.experiments.true_derivatives import (
     Args,
     by_contact,
+    critic_rows,
     horizon_gradients,
     main,
     model_jacobians,
@@ -223,6 +224,23 @@ def test_a_model_that_is_the_world_has_no_error(agent, monkeypatch):
     monkeypatch.setattr(agent, "imagined", perfect)
     for row in target_rows(agent, step, truth):
         assert row["error"] < 1e-9 and row["cosine"] > 1 - 1e-9
+
+
+def test_a_critic_is_judged_with_its_residual_and_as_the_actor_sees_it(agent):
+    row = agent.rows[40:44].double()
+    obs, action = row[:, : agent.obs_dim], row[:, agent.obs_dim : agent.obs_dim + 6]
+    at = action.clone().requires_grad_()
+    q = agent.critic(obs, at)  # (2, 4)
+    first, second, smaller = (torch.autograd.grad(y.sum(), at, retain_graph=True)[0]
+                              for y in (q[0], q[1], q.min(0).values))  # fmt: skip
+    step = obs, action, None, None, None, torch.zeros(4, dtype=torch.bool)
+    rows = list(critic_rows(agent, step, smaller))  # the truth is what the critic says
+    assert [row.get("what") for row in rows if row["contact"] == ""] == [None, "before the tanh"]
+    assert all(row["error"] < 1e-9 for row in rows)
+    residual = ((smaller - first).norm(dim=1) + (smaller - second).norm(dim=1)) / 2
+    assert rows[0]["residual"] == pytest.approx(residual.quantile(0.5).item())
+    slope = (1 - action**2).double()
+    assert rows[2]["length"] == pytest.approx((slope * smaller).norm(dim=1).quantile(0.5).item())
 
 
 def test_numbers_of_a_comparison():

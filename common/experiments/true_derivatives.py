@@ -16,6 +16,8 @@ target   the action-gradient of the TD target r + gamma (1 - terminated) min Q(s
          what a row of MAGE's batch sees; "derivative" has the world's s' and the ensemble's derivative.
 critic   the action-gradient of the smaller critic against that of the target through the world. `residual` is
          the length of the TD error's action-gradient under the true dynamics (Eq. 5), mean over critics.
+         "before the tanh" multiplies both with 1 - a^2, as the actor does, to which a slope counts little
+         where its action is at a bound.
 horizon  the gradient of H rewards and the critic after them by the first action, and by the policy's
          parameters (mean over states), along the policy's trajectories. "derivative" chains the model's
          derivatives on the true trajectory; "imagined" is the model's own, one for each member, with its
@@ -139,7 +141,10 @@ def critic_rows(agent, step, truth):
     every = action.expand(agent.critic.members, -1, -1)
     _, grad_q = mage_td3.with_action_gradient(partial(agent.critic, obs), every)
     residual = (truth - grad_q).norm(dim=-1).mean(0)  # (n,)
-    yield from by_contact(critic_gradients(agent.critic, obs, action), truth, contact, residual=residual)
+    found, slope = critic_gradients(agent.critic, obs, action), 1 - action**2
+    yield from by_contact(found, truth, contact, residual=residual)
+    for row in by_contact(slope * found, slope * truth, contact):
+        yield dict(what="before the tanh") | row
 
 
 # --- the horizon --------------------------------------------------------------------------------------------
