@@ -18,6 +18,7 @@ from common.experiments.true_derivatives import (
     horizon_gradients,
     main,
     model_jacobians,
+    model_rows,
     target_gradient,
     target_rows,
 )
@@ -147,9 +148,9 @@ def agent(folders):
     return Agent(folders["mage_td3", "HalfCheetah-v4"])
 
 
-def again(agent, path, first, horizon):
+def again(agent, obs, first, horizon):
     """The return of H steps in the world and the critic after them, for another first action."""
-    obs, total = path[0][0], 0.0
+    total = 0.0
     with agent.true as true:
         true.restore(obs[0].numpy())
         for t in range(horizon + 1):
@@ -163,16 +164,19 @@ def again(agent, path, first, horizon):
 
 @pytest.mark.parametrize("horizon", [0, 1, 2, 4])
 def test_a_chained_gradient_is_that_of_the_return_in_the_world(agent, horizon):
-    obs = agent.rows[40, : agent.obs_dim].double().numpy()
+    paths = []
     with agent.true as true:
-        true.restore(obs)
-        path = [stacked([step]) for step in trajectory(true, agent.actor, obs, 5)]
+        for obs in agent.rows[[40, 50], : agent.obs_dim].double().numpy():
+            true.restore(obs)
+            paths.append(trajectory(true, agent.actor, obs, 5))
+    path = [stacked(steps) for steps in zip(*paths, strict=True)]
     found, _ = horizon_gradients(
         agent, path[0][0], lambda t, s, a: through_world(path[t], s, a), horizon)  # fmt: skip
-    first = path[0][1][0].numpy()
-    truth = [np.subtract(*(again(agent, path, first + by, horizon) for by in (step, -step))) / 2e-5
-             for step in 1e-5 * np.eye(6)]  # fmt: skip
-    np.testing.assert_allclose(found[0], truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
+    for obs, first, gradient in zip(*path[0][:2], found, strict=True):
+        ends = [[again(agent, obs[None], first.numpy() + by, horizon) for by in (step, -step)]
+                for step in 1e-5 * np.eye(6)]  # fmt: skip
+        truth = [(up - down) / 2e-5 for up, down in ends]
+        np.testing.assert_allclose(gradient, truth, rtol=1e-4, atol=1e-4 * np.abs(truth).max())
 
 
 def test_the_gradient_of_the_target_is_that_of_the_world(agent):
@@ -205,6 +209,25 @@ def test_jacobians_of_a_model_are_those_of_its_mean(agent):
             pair = [(obs, action + by) if at is action else (obs + by, action) for by in (step, -step)]
             ends = [(agent.imagined(*inputs) - inputs[0]) / scale for inputs in pair]
             torch.testing.assert_close(jacobian[..., i], (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_where_the_world_is_the_model_its_jacobians_have_no_error(agent):
+    rows = agent.rows[30:33].double()
+    obs, action = rows[:, : agent.obs_dim], rows[:, agent.obs_dim : agent.obs_dim + 6]
+
+    def mean(obs, action):  # (ds,), (da,) -> next_obs (ds,), the state itself in it
+        return agent.imagined(obs[None], action[None]).mean(0)[0]
+
+    pairs = [torch.autograd.functional.jacobian(mean, pair) for pair in zip(obs, action, strict=True)]
+    by_obs, by_action = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    contact = torch.tensor([True, False, False])
+    found = list(model_rows(agent, (obs, action, None, by_action, by_obs, contact)))
+    ensemble = [row for row in found if row["what"] == "ensemble"]
+    assert {(row["by"], row["kind"]) for row in ensemble} == {
+        (by, kind) for by in ("action", "observation")
+        for kind in ("all", "positions", "velocities", "x velocity")}  # fmt: skip
+    assert all(row["error"] < 1e-5 for row in ensemble)
+    assert all(row["error"] > 1e-3 for row in found if row["what"] == "member")
 
 
 def test_a_model_that_is_the_world_has_no_error(agent, monkeypatch):

@@ -229,7 +229,7 @@ def figure(rows, path):
     def one(column, **wanted):
         return (find(column, contact="", states="fresh", **wanted) or [np.nan])[0]
 
-    drawing, (a, b, c, d) = plt.subplots(1, 4, figsize=(16, 4), layout="tight")
+    drawing, (a, b, c, d) = plt.subplots(1, 4, figsize=(16, 4.3), layout="constrained")
     runs = list(dict.fromkeys(row["run"] for row in rows))
     kinds = ("all", "positions", "velocities", "x velocity")
     for i, run in enumerate(runs):
@@ -239,10 +239,10 @@ def figure(rows, path):
         a.bar(np.arange(4) + at, [one("error", **mine, kind=kind) for kind in kinds], width, color=colour)
         bars = [one("cosine", run=run, part="target", what=what) for what in ("ensemble", "sample")]
         bars.append(one("cosine", run=run, part="critic"))
-        b.bar(np.arange(3) + at, bars, width, color=colour, label=run)
+        b.bar(np.arange(3) + at, bars, width, color=colour)
         for what, style in (("imagined", "-"), ("critic", ":")):
             c.plot(find("cosine", run=run, part="horizon", by="action", what=what), style, color=colour)
-        d.plot(find("true_length", run=run, part="horizon", what="critic"), color=colour)
+        d.plot(find("true_length", run=run, part="horizon", what="critic"), color=colour, label=run)
     a.set_xticks(range(4), [kind.replace(" ", "\n") for kind in kinds])
     b.set_xticks(range(3), ["target through\nthe model", "a sample\nof it", "critic"])
     titles = ("Model, derivative by the action:\nrelative error", "Cosine with the true action-gradient\n"
@@ -253,7 +253,7 @@ def figure(rows, path):
         panel.grid(alpha=0.25)
     c.set_xlabel("H")
     d.set(xlabel="H", yscale="log")
-    b.legend(fontsize=8)
+    drawing.legend(*d.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     write_whole(path, partial(drawing.savefig, format=path.suffix[1:], dpi=120))
     plt.close(drawing)
 
