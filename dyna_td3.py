@@ -117,9 +117,9 @@ class Args:
     seed: int = 0  # of everything random
     total_timesteps: int = 100_000  # environment steps, warm-up included
     preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: str = "auto"  # cpu, cuda, cuda:1 (the second GPU), or auto: the GPU if there is one
     threads: int = 1  # CPU threads; small networks are fastest on one
-    accelerate: Literal["none", "compile", "graph"] = "none"  # the updates: torch.compile, or a CUDA graph
+    accelerate: Literal["none", "auto", "compile", "graph"] = "none"  # graph: replay updates as CUDA graphs
     exp_name: str | None = None  # second level of the run folder (default: the script's name)
     run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
     resume: bool = False  # go on in the run folder
@@ -340,10 +340,9 @@ def actor_loss(actor, critic, obs):
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def radam(module, lr, weight_decay=0.0):
-    """RAdam with decoupled weight decay; on a GPU its counters live there too."""
-    parameters = list(module.parameters())
-    return torch.optim.RAdam(parameters, lr, weight_decay=weight_decay, decoupled_weight_decay=True,
-                             foreach=True, capturable=parameters[0].is_cuda)
+    """RAdam with decoupled weight decay."""
+    return torch.optim.RAdam(module.parameters(), lr, weight_decay=weight_decay, decoupled_weight_decay=True,
+                             foreach=True)
 
 
 def descend(optimizer, loss):
@@ -435,7 +434,8 @@ def train(args: Args) -> float:
             polyak(actor_target, actor, args.tau)
         return log
 
-    train_model, update = (accelerate(f, args.accelerate, device) for f in (train_model, update))
+    how = (args.accelerate, device, [actor_opt, critic_opt, model_opt, reward_opt])
+    train_model, update = accelerate(train_model, *how), accelerate(update, *how)
     state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)

@@ -143,9 +143,9 @@ class Args:
     seed: int = 0  # of everything random
     total_timesteps: int = 100_000  # environment steps, warm-up included
     preset: Literal["paper", "laptop"] = "paper"  # the paper's values, or a reduced setting for one core
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: str = "auto"  # cpu, cuda, cuda:1 (the second GPU), or auto: the GPU if there is one
     threads: int = 1  # CPU threads; small networks are fastest on one
-    accelerate: Literal["none", "compile", "graph"] = "none"  # the updates: torch.compile, or a CUDA graph
+    accelerate: Literal["none", "auto", "compile", "graph"] = "none"  # graph: replay updates as CUDA graphs
     exp_name: str | None = None  # second level of the run folder (default: the script's name)
     run_dir: str | None = None  # the whole run folder (default: runs/<env-id>/<exp-name>/seed-<seed>)
     resume: bool = False  # go on in the run folder
@@ -521,9 +521,8 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def adam(module, lr):
-    """Adam; on a GPU its counters live there too."""
-    parameters = list(module.parameters())
-    return torch.optim.Adam(parameters, lr, foreach=True, capturable=parameters[0].is_cuda)
+    """Adam of all parameters of a module."""
+    return torch.optim.Adam(module.parameters(), lr, foreach=True)
 
 
 def descend(optimizer, loss):
@@ -616,7 +615,7 @@ def train(args: Args) -> float:
         polyak(critic_target, critic, args.tau)
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
-    update = accelerate(update, args.accelerate, device)
+    update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt, alpha_opt])
     state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
                  critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt, held_out=held_out)

@@ -1,23 +1,30 @@
 """--accelerate: a function that updates networks, compiled or replayed as a CUDA graph; its text stays."""
 
+import warnings
+
 import torch
 
 from common import BadInput
 
 WARM_UP = 3  # calls before a capture: they create gradients and the optimisers' state, and choose the kernels
+# What --accelerate auto means on a GPU. No graph has run on one yet: it becomes "graph" when one has, and has
+# given the numbers of the plain function there.
+AUTO = "none"
 
 
-def accelerate(function, how, device):
-    """function(*flags) -> {name: 0-d tensor}, made faster: how is "none", "compile" or "graph" (CUDA only).
+def accelerate(function, how, device, optimizers=()):
+    """function(*flags) -> {name: 0-d tensor}, made faster by --accelerate; how is "none", "auto", "compile"
+    or "graph" (on a GPU only). `optimizers` are those that the function steps.
 
     The function must not wait for the device, and keep all it changes in place (parameters, statistics,
     optimisers' counters). The numbers are those of the plain function up to rounding, but for what `compile`
     draws: random numbers of its own, from the same seed.
     """
-    if how == "graph":
-        if device.type != "cuda":
-            raise BadInput("--accelerate graph is for a GPU: use --accelerate compile, or leave it out.")
-        return Graphed(function)
+    on_gpu = device.type == "cuda"
+    if how == "auto":
+        how = AUTO if on_gpu else "none"
+    if how == "graph" and not on_gpu:
+        raise BadInput("--accelerate graph is for a GPU: use --accelerate compile, or leave it out.")
     if how == "compile":
         try:
             torch.compile(torch.sin)(torch.zeros(1, device=device))
@@ -25,33 +32,41 @@ def accelerate(function, how, device):
             reason = str(error).strip().splitlines()[0]
             fix = "install a C++ compiler (on a GPU: Triton), or leave it out"
             raise BadInput(f"--accelerate compile does not work here ({reason}): {fix}.") from None
-        return torch.compile(function)
-    return function
+    if how != "none" and on_gpu:  # a plain one counts its steps on the CPU: fewer launches
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["capturable"] = True
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # the warm-up's
+    return {"none": lambda f: f, "compile": torch.compile, "graph": Graphed}[how](function)
 
 
 class Graphed:
     """Replays a function as one CUDA graph for each combination of flags: no launch from Python is left.
 
-    The first calls run as they are, on a stream of their own as a capture wants it. All of them count: a
-    capture executes nothing, and the first replay follows at once. The next replay overwrites the output.
+    The first calls run as they are, on the stream of the capture. All of them count: a capture executes
+    nothing, and the first replay follows at once. The next replay overwrites the output. What is returned is
+    detached, since its history would tie the parameters' gradients to that stream when others use them.
     """
 
     def __init__(self, function):
         self.function, self.calls, self.graphs = function, {}, {}
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *flags):
         self.calls[flags] = self.calls.get(flags, 0) + 1
         if self.calls[flags] <= WARM_UP:
-            stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                out = self.function(*flags)
-            here.wait_stream(stream)
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                out = self.run(*flags)
+            here.wait_stream(self.stream)
             return out
         if flags not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.graphs[flags] = graph, self.function(*flags)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.graphs[flags] = graph, self.run(*flags)
         graph, out = self.graphs[flags]
         graph.replay()
         return out
+
+    def run(self, *flags):
+        return {name: value.detach() for name, value in self.function(*flags).items()}

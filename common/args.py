@@ -66,8 +66,15 @@ def check(args):
     if getattr(args, "real_ratio", 1) < 1:
         if not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
             raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        raise BadInput(f"--device {args.device}: give auto, cpu, cuda, or cuda:1 for the second GPU.")
+    if args.device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise BadInput(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu.")
+        if int(args.device[5:] or 0) >= count:
+            there = "one CUDA device, cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise BadInput(f"--device {args.device}: PyTorch sees {there}; use that or --device cpu.")
 
 
 def prepare(args):
@@ -75,7 +82,12 @@ def prepare(args):
     check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device(args.device.replace("auto", "cuda"))
+    if device.index is not None:
+        torch.cuda.set_device(device)  # --accelerate makes its streams on the current one
+    return device
 
 
 class Lenient:

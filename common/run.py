@@ -255,6 +255,8 @@ class Run:
             say(f"--resume: {changed}; from here on the numbers may be others.")
         with files.loading(path):
             for name, part in self.state.items():
+                if isinstance(part, torch.optim.Optimizer):  # --accelerate decides where steps are counted
+                    whole[name]["param_groups"][0]["capturable"] = part.param_groups[0]["capturable"]
                 part.load_state_dict(whole[name])
         for name in ("seconds", *SAVED):
             setattr(self, name, whole[name])

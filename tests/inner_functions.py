@@ -15,7 +15,7 @@ def inner_functions(name, argv, device):
     """-> {function's name: function}, {name: what they close over: args, networks, buffers, optimisers}."""
     module, found = script(name), {}
 
-    def take(function, how, device):
+    def take(function, how, device, optimizers):
         found[function.__name__] = function
         return function
 

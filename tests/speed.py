@@ -161,7 +161,8 @@ def learning(device, turns, ways, accelerated):
         functions, inside = made(name, device)
         args[name] = inside["args"]
         for how in ways if name in accelerated else ["none"]:
-            fast = {block: accelerate(f, how, device) for block, f in functions.items()}
+            optimizers = [x for x in inside.values() if isinstance(x, torch.optim.Optimizer)]
+            fast = {block: accelerate(f, how, device, optimizers) for block, f in functions.items()}
             parts = {"model": fast["train_model"]} if "train_model" in fast else {}
             if name == "maac_sac":
                 parts = {"model": lambda v=inside: maac_batch(v), "critic and actor": fast["update"]}

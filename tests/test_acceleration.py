@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common.acceleration
+import td3
 from common.acceleration import WARM_UP, Graphed, accelerate
 from common.rewards import reward_fn, termination_fn
 from tests.conftest import DYNA, SCRIPTS, TD3, checkpoint, script, tiny, train
@@ -42,7 +44,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def without_foreach(monkeypatch):
-    """The meta device lacks PyTorch's own foreach functions and optimisers; on a GPU they are capturable."""
+    """The meta device lacks PyTorch's own foreach functions and optimisers; a GPU has them."""
     for optimizer in (torch.optim.RAdam, torch.optim.Adam):
         monkeypatch.setattr(optimizer, "step", lambda self: None)
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors, **kwargs: tensors[0].norm())
@@ -75,11 +77,12 @@ def test_the_watch_sees_what_waits():
 @pytest.mark.parametrize("flags", [(), (True,)])
 def test_every_call_of_a_graph_is_one_execution(flags, monkeypatch):
     """With a graph that only pretends: it records a call without executing it, a replay executes it."""
-    done, recording = [], []
+    done, recording, streams, used = [], [], [], []
 
     @contextlib.contextmanager
-    def graph(g):
+    def graph(g, stream):
         recording.append(g)
+        used.append(stream)
         yield
         recording.pop()
 
@@ -88,18 +91,29 @@ def test_every_call_of_a_graph_is_one_execution(flags, monkeypatch):
             recording[-1].replay = lambda: done.append(given)
         else:
             done.append(given)
-        return "out"
+        return {"loss": torch.ones((), requires_grad=True) * 2}
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    fakes = dict(Stream=lambda: stream, current_stream=lambda: stream, graph=graph,
-                 stream=contextlib.nullcontext, CUDAGraph=types.SimpleNamespace)  # fmt: skip
+    def stream():
+        streams.append(types.SimpleNamespace(wait_stream=lambda other: None))
+        return streams[-1]
+
+    @contextlib.contextmanager
+    def on(stream):
+        used.append(stream)
+        yield
+
+    here = stream()
+    fakes = dict(Stream=stream, current_stream=lambda: here, graph=graph, stream=on,
+                 CUDAGraph=types.SimpleNamespace)  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     graphed = Graphed(function)
     for call in range(1, WARM_UP + 5):
-        assert graphed(*flags) == "out" and done == [flags] * call
+        loss = graphed(*flags)["loss"]
+        assert loss == 2 and not loss.requires_grad and done == [flags] * call
     graphed(False)
     assert done[-1] == (False,) and len(graphed.graphs) == 1  # other flags warm up for themselves
+    assert len(streams) == 2 and set(map(id, used)) == {id(streams[1])}  # warm-up and capture share one
 
 
 def mage_terms(compiled):
@@ -148,9 +162,31 @@ def test_a_compiled_run_learns_and_resumes(tmp_path):
         assert all(torch.equal(one[network][key], two[network][key]) for key in one[network])
 
 
-def test_nothing_is_accelerated_unless_asked():
+@pytest.mark.parametrize("how", ["none", "auto"])
+def test_nothing_is_accelerated_unless_asked(how):
     function = object()
-    assert accelerate(function, "none", torch.device("cpu")) is function
+    assert accelerate(function, how, torch.device("cpu")) is function
+
+
+@pytest.mark.parametrize("meaning", ["none", "graph"])
+def test_auto_is_what_it_means_on_a_gpu(meaning, monkeypatch):
+    monkeypatch.setattr(common.acceleration, "AUTO", meaning)
+    monkeypatch.setattr(common.acceleration, "Graphed", lambda function: "a graph")
+    found = accelerate("the function", "auto", torch.device("cuda"))
+    assert found == {"none": "the function", "graph": "a graph"}[meaning]
+
+
+@pytest.mark.parametrize("how, device, there", [
+    ("none", "cuda", False), ("auto", "cuda", False), ("graph", "cuda", True), ("compile", "cuda", True),
+    ("none", "cpu", False), ("compile", "cpu", False),
+])  # fmt: skip
+def test_optimisers_count_on_the_gpu_only_where_it_helps(how, device, there, monkeypatch):
+    monkeypatch.setattr(common.acceleration, "Graphed", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: None)
+    optimizer = td3.radam(torch.nn.Linear(1, 1), 1e-4)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)  # the attempt to compile
+    accelerate(lambda: None, how, torch.device(device), [optimizer])
+    assert [group["capturable"] for group in optimizer.param_groups] == [there]
 
 
 @GPU
