@@ -61,7 +61,8 @@ def small(argv):
     """The command at a tiny size."""
     name = argv[1] if argv[0] == "-m" else argv[0]
     argv = [PLACES.get(word, word) for word in argv]
-    runs = {"cheetah_on_its_back": "runs/HalfCheetah-v4/maac_sac/seed-0",
+    robot = "runs/HalfCheetah-v4/maac_sac/seed-0"
+    runs = {"cheetah_on_its_back": robot, "true_derivatives": robot,
             "pusher_at_its_limits": "runs/Pusher-v4/mage_td3/seed-0"}  # fmt: skip
     run = runs.get(name.rpartition(".")[2], "runs/Pendulum-v1/maac_sac/seed-0")
     argv = [run if word in ("RUN", "RUN_FOLDER", "RUN_FOLDERS") else word for word in argv]
