@@ -156,15 +156,18 @@ class Args:
     oracle_dynamics: bool = False  # the true differentiable dynamics in place of the model
 
 
-SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden=128, model_layers=2,
-             reward_hidden=128, reward_layers=1)
+# The paper has smaller settings for the two tasks of classic control, the pendulum and the cart-pole.
+PAPER_CLASSIC = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden=128, model_layers=2,
+                     reward_hidden=128, reward_layers=1)
+# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
+# core needs minutes for classic control and about an hour for a robot.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256,
               model_hidden=256)
-LAPTOP_SMALL = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128, model_lr=1e-3,
-                             model_hidden=128, model_layers=2, reward_hidden=128, reward_layers=1)
+LAPTOP_CLASSIC = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128,
+    model_lr=1e-3, model_hidden=128, model_layers=2, reward_hidden=128, reward_layers=1)  # fmt: skip
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
-    "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
-    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
+    "paper": {"*": {}, "Pendulum-v1": PAPER_CLASSIC, "ContinuousCartPole-v1": PAPER_CLASSIC},
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_CLASSIC, "ContinuousCartPole-v1": LAPTOP_CLASSIC},
 }
 MODEL_BATCH, MODEL_DECAY = 256, 1e-4  # rows per member and gradient step; decoupled weight decay (D.2)
 LOGVAR = (-5.0, -1.0)  # bounds on the model's log-variance (authors' code): a deviation of 0.08 to 0.61
@@ -175,12 +178,17 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
+        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
+        # squared deviations from it. The networks read mean and std, which are the same in float32.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
-    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
+        # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
+        # seen.
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -193,10 +201,12 @@ class Normaliser(nn.Module):
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+    def forward(self, x):  # (..., d) -> (..., d)
+        # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
+    def inverse(self, x):  # (..., d) -> (..., d)
+        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
@@ -209,13 +219,16 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # as a sum: products with one column are three times slower on a CPU
+        # A product with a single column is three times slower on a CPU than the sum that it stands for.
+        if self.weight.shape[-1] == 1:
             return self.bias + (x * self.weight.mT).sum(-1, keepdim=True)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
     """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
+    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
+    # for the derivatives that they take through a network.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -226,6 +239,7 @@ class Actor(nn.Module):
     def __init__(self, obs_norm, action_dim, hidden):
         super().__init__()
         self.obs_norm = obs_norm
+        # The actor is an ensemble of one, so that it needs no layers of a kind of its own.
         self.net = mlp(1, len(obs_norm.mean), hidden, 2, action_dim)
 
     def forward(self, obs):
@@ -240,6 +254,7 @@ class Critic(nn.Module):
         self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
 
     def forward(self, obs, action):
+        # All critics see the same state. They may be asked about an action each, or about the same one.
         obs = self.obs_norm(obs).expand(*action.shape[:-1], -1)
         return self.net(torch.cat([obs, action], -1).expand(self.members, -1, -1))[..., 0]
 
@@ -255,14 +270,18 @@ class Dynamics(nn.Module):
         self.net = mlp(members, obs_dim + action_dim, hidden, layers, 2 * obs_dim)
 
     def forward(self, obs, action):  # (K, n, ds), (K, n, da) -> mean, log-variance (K, n, ds)
+        # The sigmoid keeps the log-variance within its bounds, smoothly, so that the likelihood stays finite.
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
     def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
-        # Rows are i.i.d., so share k through member k is a draw of a random member per row, K times cheaper.
+        # The rows were drawn independently. Sending the k-th share of them through member k is therefore as
+        # good as drawing a member for each row, and costs one K-th of asking every member about every row.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
         mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
-        delta = mean + (logvar / 2).exp() * noise_k  # reparameterised: differentiable in obs and action
+        # The noise comes from outside (it is reparameterised), so the sample is differentiable by s and a:
+        # ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, with the change s' - s back in the units of the environment.
+        delta = mean + (logvar / 2).exp() * noise_k  # (K, n/K, ds)
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
 
@@ -274,6 +293,8 @@ class RewardModel(nn.Module):
         self.net = mlp(1, 2 * len(obs_norm.mean) + len(action_norm.mean), hidden, layers, 1)
 
     def forward(self, obs, action, next_obs):
+        # The network predicts the reward in its own standard deviations, and `inverse` gives it its unit
+        # back.
         x = torch.cat([self.obs_norm(obs), self.action_norm(action), self.obs_norm(next_obs)], -1)
         return self.reward_norm.inverse(self.net(x[None])[0])[:, 0]
 
@@ -285,15 +306,20 @@ class ReplayBuffer:
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
+        # The number of rows lives on the device as well, so that drawing from them never waits for the
+        # device.
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, obs, action, reward, next_obs, terminated):
+        # Truncation is not stored: a time limit ends an episode, but the state after it keeps its value.
         row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
     def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
+        # `randint` wants its bound as a Python number, and ours is on the device. A huge random number modulo
+        # the size is uniform too: its bias is at most size / 2^62.
         index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
         obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
@@ -315,26 +341,34 @@ def huber(x):
 
 def model_loss(model, obs, action, next_obs):
     """Twice the negative log-likelihood of (K, M, .) without constants, and mean squared error   Eq. 9."""
+    # The model predicts the change of the state, in standard deviations of such changes.
     target = model.delta_norm(next_obs - obs)  # (K, M, ds): M rows for each member
     mean, logvar = model(obs, action)  # (K, M, ds)
+    # (Δ - μₖ)² / σₖ² + log σₖ²   (Eq. 9)
     square = (mean - target) ** 2
     return (square * (-logvar).exp() + logvar).mean(), square.detach().mean()
 
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
     """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
+    # The noise smooths the target over actions near that of the target actor, which is then less easily
+    # fooled by a narrow peak of Q̄. A terminal state is worth nothing; that is no matter of truncation.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)   Algorithm 2, y
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
+    return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
 def td_loss(critic, obs, action, y):
     """Huber loss of the TD error   Eq. 3."""
+    # δᵢ = y - Qᵢ(s, a), a row for each critic. The target y is a constant here.   (Eq. 3)
     return huber(y - critic(obs, action))  # of (N, B)
 
 
 def actor_loss(actor, critic, obs):
     """-min_i Q_i(s, pi(s)), mean over the batch   Algorithm 2 (the TD3 paper takes Q_1)."""
+    # The gradient reaches the actor through the action alone: ∇θ J = ∇ₐQ ∇θ π. That is why a critic's slope
+    # matters more to its actor than its value does.   (Eq. 4)
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
@@ -347,11 +381,14 @@ def radam(module, lr, weight_decay=0.0):
 
 def descend(optimizer, loss):
     """One step of the optimiser's parameters alone; returns the norm of their gradient before clipping."""
+    # A loss may reach networks that are not to be trained by it, such as the critic in the actor's loss.
+    # `inputs` keeps the gradient from being stored in any of them.
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)  # authors' code
+    # [authors' code] Every entry of the gradient is clipped to [-5, 5], for all networks.
+    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)
     optimizer.step()
     return norm
 
@@ -359,6 +396,7 @@ def descend(optimizer, loss):
 @torch.no_grad()
 def polyak(target, source, tau):
     """target <- (1 - tau) target + tau source."""
+    # Q̄ ← τ Q + (1 - τ) Q̄, for all parameters in one call.
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
@@ -381,19 +419,23 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see
+    # One normaliser serves all networks, so that the target networks see what the trained ones see.
+    obs_norm = Normaliser(obs_dim)
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    size = (args.critic_hidden, args.num_critics)
-    critic, critic_target = (Critic(obs_norm, action_dim, *size).to(device) for _ in range(2))
+    critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)
+                             for _ in range(2))  # fmt: skip
+    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
     for target, source in ((actor_target, actor), (critic_target, critic)):
         target.requires_grad_(False).load_state_dict(source.state_dict())
-    size = (args.model_hidden, args.model_layers, args.ensemble_size)
-    model = Dynamics(obs_norm, action_dim, *size).to(device)
+    model = Dynamics(obs_norm, action_dim, args.model_hidden, args.model_layers,
+                     args.ensemble_size).to(device)  # fmt: skip
     reward_model = RewardModel(obs_norm, model.action_norm, args.reward_hidden, args.reward_layers).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor_opt, critic_opt = radam(actor, args.lr), radam(critic, args.lr)
     model_opt, reward_opt = (radam(m, args.model_lr, MODEL_DECAY) for m in (model, reward_model))
 
+    # What answers in the place of the environment: reward and termination are known functions, unless the
+    # reward is to be learned, and the next state is the model's, unless the true dynamics are asked for.
     reward_of = reward_model if args.learned_reward else reward_fn(args.env_id)
     terminated_at = termination_fn(args.env_id)
     oracle = dynamics_fn(args.env_id) if args.oracle_dynamics else None
@@ -404,6 +446,7 @@ def train(args: Args) -> float:
         loss, error = model_loss(model, obs, action, next_obs)
         log = dict(model_loss=loss, model_error=error, model_grad=descend(model_opt, loss))
         if args.learned_reward:
+            # One network learns the reward, from the batch that the first member has.
             error = reward_model(obs[0], action[0], next_obs[0]) - reward[0]  # (M,)
             loss = (error / reward_model.reward_norm.scale).square().mean()
             log |= dict(reward_loss=loss, reward_grad=descend(reward_opt, loss))
@@ -411,22 +454,27 @@ def train(args: Args) -> float:
 
     def update(with_actor):
         """One update of the critics on new imagined transitions, and if asked of the actor."""
+        # Of what was replayed only the states count: in each of them the present actor acts.
         obs = buffer.sample(args.batch_size)[0]  # (B, ds)
         with torch.no_grad():
             action = actor(obs)  # (B, da)
+        # All noise is drawn before the target is computed, and stays the same however often that happens, so
+        # that the target is one function of the action.
         model_noise = torch.randn_like(obs)
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
 
         def step_target(action):
-            next_obs = oracle(obs, action) if oracle else model.sample(obs, action, model_noise)
-            reward, terminated = reward_of(obs, action, next_obs), terminated_at(next_obs)
-            step = (reward, next_obs, terminated)
-            return td_target(actor_target, critic_target, *step, target_noise, args.gamma)
+            # ŝ ~ p_ω(· | s, a), and then r(s, a, ŝ) and y, all of them functions of the action.
+            imagined = oracle(obs, action) if oracle else model.sample(obs, action, model_noise)
+            reward, terminated = reward_of(obs, action, imagined), terminated_at(imagined)
+            return td_target(actor_target, critic_target, reward, imagined, terminated, target_noise,
+                             args.gamma)  # fmt: skip
 
         with torch.no_grad():
             y = step_target(action)
         critic_loss = td_loss(critic, obs, action, y)
         log = dict(td_loss=critic_loss, critic_grad=descend(critic_opt, critic_loss))
+        # [paper] The critics' targets move at every update; the actor and its target wait (--policy-delay).
         polyak(critic_target, critic, args.tau)
         if with_actor:
             loss = actor_loss(actor, critic, obs)
@@ -436,7 +484,9 @@ def train(args: Args) -> float:
 
     how = (args.accelerate, device, [actor_opt, critic_opt, model_opt, reward_opt])
     train_model, update = accelerate(train_model, *how), accelerate(update, *how)
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
+    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
+    # for bit.
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:
@@ -444,12 +494,15 @@ def train(args: Args) -> float:
             run.evaluate(actor, critic)
         for step in run.steps():
             # --- act ---
+            # The first actions are uniform random ones, as nothing has been learned yet.
             obs = env.obs
             if step <= args.learning_starts:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
                 action = actor(torch.as_tensor(obs[None], device=device))[0]
                 action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
+            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
+            # finite.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
@@ -462,11 +515,14 @@ def train(args: Args) -> float:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
             # --- learn the model ---
-            if step % args.model_train_every == 0 and not (oracle and not args.learned_reward):
+            # The model learns from all that has been seen, and does so from the first steps on.
+            if step % args.model_train_every == 0 and (args.learned_reward or not oracle):
                 for _ in range(args.model_batches):
                     run.record(**train_model())
             # --- learn critic and actor ---
             for i in range(args.updates_per_step if step > args.learning_starts else 0):
+                # The number of this update in the whole run tells whether it is the actor's turn. As it
+                # follows from the step, it need not be kept in a checkpoint.
                 count = (step - args.learning_starts - 1) * args.updates_per_step + i + 1
                 run.record(**update(count % args.policy_delay == 0))
             # --- evaluate ---

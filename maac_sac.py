@@ -184,16 +184,19 @@ class Args:
     model_train_every: int = 250  # environment steps
 
 
+# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
+# core needs minutes for classic control and about an hour for a robot.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, learning_starts=1000, rollouts=10_000, num_samples=1)
-LAPTOP_SMALL = dict(total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, batch_size=64,
-                    model_buffer_size=20_000, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128,
-                    horizon=3, num_samples=2, model_hidden=64, model_layers=2, model_train_every=100)
+LAPTOP_CLASSIC = dict(
+    total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, model_buffer_size=20_000,
+    batch_size=64, updates_per_step=4, lr=1e-3, actor_hidden=64, critic_hidden=128, horizon=3, num_samples=2,
+    model_hidden=64, model_layers=2, model_train_every=100)  # fmt: skip
 OWN = dict(Walker2d=dict(horizon=2), Hopper=dict(rollout_growth=15.0), Ant=dict(rollout_growth=25.0))
 ROBOTS = {env_id: values for name, values in OWN.items()
           for env_id in (f"{name}-v4", f"{name}-v5", f"mbbl/{name}-v0")}
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
     "paper": {"*": {}} | ROBOTS,
-    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL,
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_CLASSIC, "ContinuousCartPole-v1": LAPTOP_CLASSIC,
                **{env_id: LAPTOP | values for env_id, values in ROBOTS.items()}},
 }
 GROWTH = (20_000, 100_000)  # steps between which the number of imagined trajectories grows
@@ -207,12 +210,17 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
+        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
+        # squared deviations from it. The networks read mean and std, which are the same in float32.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
-    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
+        # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
+        # seen.
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -225,10 +233,12 @@ class Normaliser(nn.Module):
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+    def forward(self, x):  # (..., d) -> (..., d)
+        # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
+    def inverse(self, x):  # (..., d) -> (..., d)
+        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
@@ -241,13 +251,16 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # as a sum: products with one column are three times slower on a CPU
+        # A product with a single column is three times slower on a CPU than the sum that it stands for.
+        if self.weight.shape[-1] == 1:
             return self.bias + (x * self.weight.mT).sum(-1, keepdim=True)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
     """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
+    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
+    # for the derivatives that they take through a network.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -258,6 +271,7 @@ class Actor(nn.Module):
     def __init__(self, obs_norm, action_dim, hidden):
         super().__init__()
         self.obs_norm = obs_norm
+        # The actor is an ensemble of one, so that it needs no layers of a kind of its own.
         self.net = mlp(1, len(obs_norm.mean), hidden, 2, 2 * action_dim)
 
     def gaussian(self, obs):  # before the tanh: mean, standard deviation (B, da)
@@ -271,9 +285,11 @@ class Actor(nn.Module):
         mean, std = self.gaussian(obs)
         noise = torch.randn_like(mean)
         u = mean + std * noise
-        # log N(u; mean, std) from the noise itself: u - mean would cancel where std is small.
+        # log N(u; μ, σ) comes from the noise itself, as u - μ would lose its digits where σ is small.
         log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
+        # The density of tanh(u) is that of u divided by the slope of tanh: log π = log N - Σ log(1 -
+        # tanh(u)²). This form of log(1 - tanh(u)²) does not lose its digits where tanh is flat.
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), (log_prob - log_slope).sum(-1)
 
 
@@ -285,6 +301,7 @@ class Critic(nn.Module):
         self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
 
     def forward(self, obs, action):
+        # All critics see the same state. They may be asked about an action each, or about the same one.
         obs = self.obs_norm(obs).expand(*action.shape[:-1], -1)
         return self.net(torch.cat([obs, action], -1).expand(self.members, -1, -1))[..., 0]
 
@@ -300,14 +317,18 @@ class Dynamics(nn.Module):
         self.net = mlp(members, obs_dim + action_dim, hidden, layers, 2 * obs_dim)
 
     def forward(self, obs, action):  # (K, n, ds), (K, n, da) -> mean, log-variance (K, n, ds)
+        # The sigmoid keeps the log-variance within its bounds, smoothly, so that the likelihood stays finite.
         mean, raw = self.net(torch.cat([self.obs_norm(obs), self.action_norm(action)], -1)).chunk(2, -1)
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
     def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
-        # Rows are i.i.d., so share k through member k is a draw of a random member per row, K times cheaper.
+        # The rows were drawn independently. Sending the k-th share of them through member k is therefore as
+        # good as drawing a member for each row, and costs one K-th of asking every member about every row.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
         mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
-        delta = mean + (logvar / 2).exp() * noise_k  # reparameterised: differentiable in obs and action
+        # The noise comes from outside (it is reparameterised), so the sample is differentiable by s and a:
+        # ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, with the change s' - s back in the units of the environment.
+        delta = mean + (logvar / 2).exp() * noise_k  # (K, n/K, ds)
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
 
@@ -318,15 +339,20 @@ class ReplayBuffer:
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
+        # The number of rows lives on the device as well, so that drawing from them never waits for the
+        # device.
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, obs, action, reward, next_obs, terminated):
+        # Truncation is not stored: a time limit ends an episode, but the state after it keeps its value.
         row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
     def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
+        # `randint` wants its bound as a Python number, and ours is on the device. A huge random number modulo
+        # the size is uniform too: its bias is at most size / 2^62.
         index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
         obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
@@ -342,6 +368,7 @@ class ReplayBuffer:
 
 def extend(buffer, *columns):
     """Adds a batch of transitions (n, ds), (n, da), (n,), (n, ds), (n,) to a buffer."""
+    # The next rows follow the newest one, and from the end of the buffer they go on at its start.
     rows = torch.cat([column.reshape(len(column), -1).float() for column in columns], 1)
     buffer.rows[(buffer.added + torch.arange(len(rows), device=rows.device)) % len(buffer.rows)] = rows
     buffer.added += len(rows)
@@ -352,6 +379,7 @@ def extend(buffer, *columns):
 def model_losses(model, obs, action, next_obs):
     """Twice the negative log-likelihood of each member, without constants: (K, M, .) -> (K,)."""
     mean, logvar = model(obs, action)  # (K, M, ds): M rows for each member
+    # (Δ - μₖ)² / σₖ² + log σₖ²   (Sec. 4.3)
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 
 
@@ -370,6 +398,8 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     the members differ (the bootstrap). A member without progress for long (PATIENCE) is done; in the end each
     gets back the weights with which it did best.
     """
+    # Each member has rows to train on and rows that judge it; the two never mix, from the first fit to the
+    # last.
     size = int(buffer.size)
     masks = (~held_out[:size], held_out[:size])
     train, test = ([mask[:, k].nonzero()[:, 0] for k in range(model.members)] for mask in masks)
@@ -379,32 +409,39 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
         fewest = min(len(r) for r in rows)
         return torch.stack([r[torch.randperm(len(r), device=r.device)[:fewest]] for r in rows])
 
+    # With few rows an epoch is a handful of steps, in which no network learns anything. A member's patience
+    # is therefore counted in gradient steps as well.
     steps = math.ceil(min(map(len, train)) / MODEL_BATCH)  # in an epoch
     patience = max(PATIENCE[0], math.ceil(PATIENCE[1] / steps))
+    # [ours] At most 2000 rows judge a member, for speed.
     judge = draw(test)[:, :2000]
-    optimizer.state.clear()  # the moments of the last fit are those of weights that were given up
+    # Adam's moments belong to the last steps of the fit before, whose weights were given up for better ones.
+    optimizer.state.clear()
     parameters = list(model.parameters())
     best = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         lowest = model_losses(model, obs[judge], action[judge], next_obs[judge])  # (K,) the first to beat
     reached, stale = lowest, torch.zeros_like(lowest)
     for epochs in range(1, max_epochs + 1):  # noqa: B007
+        # This is the fit itself: one epoch of maximum likelihood, every member on rows of its own. What
+        # follows decides when to stop and which weights to keep.
         for rows in draw(train).split(MODEL_BATCH, 1):
             descend(optimizer, model_losses(model, obs[rows], action[rows], next_obs[rows]).mean())
         with torch.no_grad():
             losses = model_losses(model, obs[judge], action[judge], next_obs[judge])
+            # The best weights are kept, however small the gain, but only a gain of 0.01 renews the patience.
             better = (losses < lowest) & (stale < patience)  # (K,)
             lowest = torch.where(better, losses, lowest)
-            progress = lowest < reached - 0.01  # less does not make a member patient again
+            progress = lowest < reached - 0.01  # (K,)
             reached, stale = torch.where(progress, lowest, reached), torch.where(progress, 0, stale + 1)
             best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
+        # A loss that is not finite is handed back, and the run stops with a sentence about it.
         if not losses.isfinite().all():
-            return losses, epochs  # for the run to stop
+            return losses, epochs
         if (stale >= patience).all():
             break
     with torch.no_grad():
-        for p, b in zip(parameters, best, strict=True):
-            p.copy_(b)
+        torch._foreach_copy_(parameters, best)
     return lowest, epochs
 
 
@@ -416,6 +453,7 @@ def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
     """
     noise = torch.randn_like(obs)
     if shuffle:
+        # A random order decides which member a row goes to; `order.argsort()` is the way back.
         order = torch.rand(len(obs), device=obs.device).argsort()
         next_obs = model.sample(obs[order], action[order], noise)[order.argsort()]
     else:
@@ -426,6 +464,7 @@ def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
 @torch.no_grad()
 def imagine_data(actor, step, source, target, n, length):
     """Trajectories of the actor in the model from n states of D_env go to D_model; ended ones start anew."""
+    # Algorithm 1: 𝒯 imagined trajectories begin in states of D_env, and what they meet goes to D_model.
     obs = source.sample(n)[0]
     for _ in range(length):
         action = actor.sample(obs)[0]
@@ -444,6 +483,8 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
     with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics, to
     which the noise of actions and of the model adds.
     """
+    # A copy of the batch for each member, which answers all the steps of its trajectories. T₀ needs no step
+    # of the model; every further horizon replaces the critic's estimate by one more imagined reward.
     obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): K shares
     discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
     targets = []
@@ -454,15 +495,18 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
             reward, next_obs, terminated = step(obs, action)
             total = total + discount * (reward - alpha * log_prob)
             obs, discount = next_obs, gamma * discount * ~terminated
+    # Where members and critics disagree about a horizon, its target counts less: w_h ∝ 1 / var T_h.
     targets = torch.stack(targets).unflatten(-1, (members, -1))  # (H + 1, N, K, B)
     variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,) pooled: two critics are few for each row
     weights = (variance + 1e-8).reciprocal()
     weights = weights / weights.sum()
+    # y = Σ w_h meanₖ minⱼ T_h
     return weights @ targets.min(1).values.mean(1), weights  # the smaller critic, mean over members
 
 
 def critic_loss(critic, obs, action, y):
     """Squared Bellman error of both critics."""
+    # (y - Qⱼ(s, a))², mean over both critics and the batch   (Sec. 3.1)
     return ((y - critic(obs, action)) ** 2).mean()
 
 
@@ -474,17 +518,21 @@ def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
     obs = obs.repeat(samples, 1)  # (S B, ds): several trajectories from each state
     action, first_log_prob = actor.sample(obs)
     total, discount = 0.0, 1.0  # discount: gamma^t, and 0 from termination on
+    # Nothing is detached from here on: the actor sees how its first action changes all the states, the later
+    # actions and the rewards that follow.
     for _ in range(horizon):
         reward, obs, terminated = step(obs, action)
         total = total + discount * reward
         discount = gamma * discount * ~terminated
         action, _ = actor.sample(obs)
+    # Σ γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀ | s₀), for t < H   (Sec. 4.3)
     total = total + discount * critic(obs, action).min(0).values  # (S B,)
     return (alpha * first_log_prob - total).mean(), first_log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
     """Raises alpha while the entropy -log pi is below its target; in alpha itself, not its logarithm."""
+    # -α (log π(a₀ | s₀) + target entropy): its descent raises α where the entropy -log π is below its target.
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
@@ -495,6 +543,7 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
     Searches before the tanh. Mean and variance start as the policy's along an imagined trajectory and move to
     those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
     """
+    # The search begins with the policy's own actions along a trajectory that the model imagines.
     mean, std, state = [], [], obs
     start = obs.repeat_interleave(candidates, 0)  # (n C, ds): C candidates for each state
     for _ in range(horizon):
@@ -504,6 +553,7 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
         state = step(*copies)[1][::candidates]  # one copy goes on
     mean, std = torch.stack(mean, 1)[:, None], torch.stack(std, 1)[:, None]  # (n, 1, H, da)
     for _ in range(iterations):
+        # Candidates are drawn, imagined, and judged by their rewards and by the critic at their end.
         noise = torch.randn(len(obs), candidates, *mean.shape[2:], device=mean.device)
         u = mean + std * noise  # (n, C, H, da)
         state, score, discount = start, 0.0, 1.0
@@ -512,6 +562,8 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
             score = score + discount * reward
             discount = gamma * discount * ~terminated
         score = score + discount * critic(state, actor(state)).min(0).values  # (n C,)
+        # The distribution moves to that of the elites; a tenth of the old one stays, against hasty
+        # convergence.
         index = score.view(len(obs), candidates).topk(elites).indices  # (n, E): E elites
         best = u[torch.arange(len(obs), device=u.device)[:, None], index]  # (n, E, H, da)
         mean = 0.1 * mean + 0.9 * best.mean(1, keepdim=True)
@@ -527,6 +579,8 @@ def adam(module, lr):
 
 def descend(optimizer, loss):
     """One step of the optimiser's parameters alone; returns the norm of their gradient."""
+    # A loss may reach networks that are not to be trained by it, such as the critic in the actor's loss.
+    # `inputs` keeps the gradient from being stored in any of them.
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
@@ -538,6 +592,7 @@ def descend(optimizer, loss):
 @torch.no_grad()
 def polyak(target, source, tau):
     """target <- (1 - tau) target + tau source."""
+    # Q̄ ← τ Q + (1 - τ) Q̄, for all parameters in one call.
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
@@ -566,8 +621,7 @@ def load_policy(run_dir, plan=False):
         raise BadInput(f"--plan: {run_dir} has not trained a model; leave it out.")
     step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
     candidates = 256 // args.ensemble_size * args.ensemble_size
-    search = partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates)
-    return as_policy(search)
+    return as_policy(partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates))
 
 
 def train(args: Args) -> float:
@@ -588,10 +642,13 @@ def train(args: Args) -> float:
     actor_opt, critic_opt, alpha_opt = (adam(net, args.lr) for net in (actor, critic, temperature))
     model_opt = adam(model, args.model_lr)
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+    # What is learned on one imagined step needs members that change from row to row; a target of STEVE needs
+    # each member to keep its rows, as their disagreement is what weighs the horizons.
     known = (reward_fn(args.env_id), termination_fn(args.env_id)) if uses_model else (None, None)
     step_shuffled, step_member = (partial(imagine, model, *known, shuffle=s) for s in (True, False))
-    steve = (args.steve_horizon, args.ensemble_size) if args.steve else (0, 1)  # horizon, members
-    actor_horizon = (args.horizon, args.num_samples if args.horizon else 1)  # SAC takes one action in a state
+    # Without STEVE the target is that of SAC: horizon 0, and one member, which is never asked.
+    target_horizon, target_members = (args.steve_horizon, args.ensemble_size) if args.steve else (0, 1)
+    samples = args.num_samples if args.horizon else 1  # SAC takes one action in a state
 
     def sample_batch():
         """D_env and D_model in the proportion of real_ratio: (B, ds), (B, da), (B,), (B, ds), (B,)."""
@@ -603,12 +660,15 @@ def train(args: Args) -> float:
 
     def update():
         """One update of the critics, the actor and the temperature."""
-        obs, action, *outcome = sample_batch()
+        # Algorithm 1, G₂ times a step: critics, actor and temperature learn on real and imagined rows alike.
+        obs, action, reward, next_obs, terminated = sample_batch()
         alpha = temperature["log_alpha"].exp().detach()
-        y, weights = soft_targets(actor, critic_target, step_member, alpha, *outcome, args.gamma, *steve)
+        y, weights = soft_targets(actor, critic_target, step_member, alpha, reward, next_obs, terminated,
+                                  args.gamma, target_horizon, target_members)  # fmt: skip
         loss = critic_loss(critic, obs, action, y)
         log = dict(critic_loss=loss, critic_grad=descend(critic_opt, loss))
-        loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, *actor_horizon)
+        loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, args.horizon,
+                                    samples)  # fmt: skip
         log |= dict(actor_loss=loss, actor_grad=descend(actor_opt, loss))
         log |= dict(alpha=alpha, entropy=-log_prob.mean())
         descend(alpha_opt, temperature_loss(temperature["log_alpha"], log_prob, target_entropy))
@@ -616,7 +676,9 @@ def train(args: Args) -> float:
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt, alpha_opt])
-    state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,  # all of it
+    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
+    # for bit.
+    state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
                  critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt, held_out=held_out)
     with Run(args, __file__, state, device) as run:
@@ -624,11 +686,14 @@ def train(args: Args) -> float:
             run.evaluate(actor)
         for step in run.steps():
             # --- act ---
+            # The first actions are uniform random ones, as nothing has been learned yet.
             obs = env.obs
             if step <= args.learning_starts:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
                 action = actor.sample(torch.as_tensor(obs[None], device=device))[0][0]
+            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
+            # finite.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
@@ -640,6 +705,8 @@ def train(args: Args) -> float:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
             # --- learn the model, imagine ---
+            # Algorithm 1: the model is fitted to D_env, from the weights that it has, and D_model gets new
+            # rows.
             since = step - args.learning_starts
             if uses_model and since >= 0 and since % args.model_train_every == 0:
                 losses, epochs = fit_model(model, model_opt, real, held_out.mask)

@@ -112,12 +112,15 @@ class Args:
     noise_clip: float = 0.5  # bound on the noise on the target action
 
 
-SMALL = dict(learning_starts=100, batch_size=512, actor_hidden=128)
+# The paper has smaller settings for the two tasks of classic control, the pendulum and the cart-pole.
+PAPER_CLASSIC = dict(learning_starts=100, batch_size=512, actor_hidden=128)
+# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
+# core needs minutes for classic control and about an hour for a robot.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
-LAPTOP_SMALL = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
+LAPTOP_CLASSIC = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
-    "paper": {"*": {}, "Pendulum-v1": SMALL, "ContinuousCartPole-v1": SMALL},
-    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_SMALL, "ContinuousCartPole-v1": LAPTOP_SMALL},
+    "paper": {"*": {}, "Pendulum-v1": PAPER_CLASSIC, "ContinuousCartPole-v1": PAPER_CLASSIC},
+    "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_CLASSIC, "ContinuousCartPole-v1": LAPTOP_CLASSIC},
 }
 
 
@@ -126,12 +129,17 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
+        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
+        # squared deviations from it. The networks read mean and std, which are the same in float32.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
-    def update(self, x, whole=None):  # Welford, float64: a million small squares are lost in float32
+    def update(self, x, whole=None):
         """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
+        # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
+        # seen.
         x = torch.as_tensor(x, device=self.mean.device)
         count, (mean, squares) = self.moments[0], self.moments[1:].view(2, -1)
         count += 1
@@ -144,10 +152,12 @@ class Normaliser(nn.Module):
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d); what is constant is only shifted
+    def forward(self, x):  # (..., d) -> (..., d)
+        # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # what is constant gets next to no noise and passes next to no gradient
+    def inverse(self, x):  # (..., d) -> (..., d)
+        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
@@ -160,13 +170,16 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, dim_out))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # as a sum: products with one column are three times slower on a CPU
+        # A product with a single column is three times slower on a CPU than the sum that it stands for.
+        if self.weight.shape[-1] == 1:
             return self.bias + (x * self.weight.mT).sum(-1, keepdim=True)
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
     """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
+    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
+    # for the derivatives that they take through a network.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -177,6 +190,7 @@ class Actor(nn.Module):
     def __init__(self, obs_norm, action_dim, hidden):
         super().__init__()
         self.obs_norm = obs_norm
+        # The actor is an ensemble of one, so that it needs no layers of a kind of its own.
         self.net = mlp(1, len(obs_norm.mean), hidden, 2, action_dim)
 
     def forward(self, obs):
@@ -191,6 +205,7 @@ class Critic(nn.Module):
         self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
 
     def forward(self, obs, action):
+        # All critics see the same state. They may be asked about an action each, or about the same one.
         obs = self.obs_norm(obs).expand(*action.shape[:-1], -1)
         return self.net(torch.cat([obs, action], -1).expand(self.members, -1, -1))[..., 0]
 
@@ -202,15 +217,20 @@ class ReplayBuffer:
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # there too: sampling never waits
+        # The number of rows lives on the device as well, so that drawing from them never waits for the
+        # device.
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, obs, action, reward, next_obs, terminated):
+        # Truncation is not stored: a time limit ends an episode, but the state after it keeps its value.
         row = np.hstack([obs, action, reward, next_obs, terminated]).astype(np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
     def sample(self, *shape):  # uniform with replacement -> (*shape, ds), (*shape, da), (*shape,), ...
+        # `randint` wants its bound as a Python number, and ours is on the device. A huge random number modulo
+        # the size is uniform too: its bias is at most size / 2^62.
         index = torch.randint(1 << 62, shape, device=self.rows.device) % self.size
         obs, action, reward, next_obs, terminated = self.rows[index].split(self.widths, -1)
         return obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0
@@ -232,18 +252,24 @@ def huber(x):
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
     """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
+    # The noise smooths the target over actions near that of the target actor, which is then less easily
+    # fooled by a narrow peak of Q̄. A terminal state is worth nothing; that is no matter of truncation.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)   Algorithm 2, y
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
+    return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
 def td_loss(critic, obs, action, y):
     """Huber loss of the TD error   Eq. 3."""
+    # δᵢ = y - Qᵢ(s, a), a row for each critic. The target y is a constant here.   (Eq. 3)
     return huber(y - critic(obs, action))  # of (N, B)
 
 
 def actor_loss(actor, critic, obs):
     """-min_i Q_i(s, pi(s)), mean over the batch   Algorithm 2 (the TD3 paper takes Q_1)."""
+    # The gradient reaches the actor through the action alone: ∇θ J = ∇ₐQ ∇θ π. That is why a critic's slope
+    # matters more to its actor than its value does.   (Eq. 4)
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
@@ -256,11 +282,14 @@ def radam(module, lr, weight_decay=0.0):
 
 def descend(optimizer, loss):
     """One step of the optimiser's parameters alone; returns the norm of their gradient before clipping."""
+    # A loss may reach networks that are not to be trained by it, such as the critic in the actor's loss.
+    # `inputs` keeps the gradient from being stored in any of them.
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)  # authors' code
+    # [authors' code] Every entry of the gradient is clipped to [-5, 5], for all networks.
+    nn.utils.clip_grad_value_(parameters, 5.0, foreach=True)
     optimizer.step()
     return norm
 
@@ -268,6 +297,7 @@ def descend(optimizer, loss):
 @torch.no_grad()
 def polyak(target, source, tau):
     """target <- (1 - tau) target + tau source."""
+    # Q̄ ← τ Q + (1 - τ) Q̄, for all parameters in one call.
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
@@ -290,10 +320,12 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    obs_norm = Normaliser(obs_dim)  # one for all networks: targets see what the trained ones see
+    # One normaliser serves all networks, so that the target networks see what the trained ones see.
+    obs_norm = Normaliser(obs_dim)
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    size = (args.critic_hidden, args.num_critics)
-    critic, critic_target = (Critic(obs_norm, action_dim, *size).to(device) for _ in range(2))
+    critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)
+                             for _ in range(2))  # fmt: skip
+    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
     for target, source in ((actor_target, actor), (critic_target, critic)):
         target.requires_grad_(False).load_state_dict(source.state_dict())
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -301,12 +333,14 @@ def train(args: Args) -> float:
 
     def update(with_actor):
         """One update of the critics on replayed transitions, and if asked of the actor."""
-        obs, action, *step = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
+        # Transitions are replayed as they were, with the action that was taken then.
+        obs, action, reward, next_obs, terminated = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
         with torch.no_grad():
-            y = td_target(actor_target, critic_target, *step, target_noise, args.gamma)
+            y = td_target(actor_target, critic_target, reward, next_obs, terminated, target_noise, args.gamma)
         critic_loss = td_loss(critic, obs, action, y)
         log = dict(td_loss=critic_loss, critic_grad=descend(critic_opt, critic_loss))
+        # [paper] The critics' targets move at every update; the actor and its target wait (--policy-delay).
         polyak(critic_target, critic, args.tau)
         if with_actor:
             loss = actor_loss(actor, critic, obs)
@@ -315,19 +349,24 @@ def train(args: Args) -> float:
         return log
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt])
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,  # all of it
+    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
+    # for bit.
+    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(actor, critic)
         for step in run.steps():
             # --- act ---
+            # The first actions are uniform random ones, as nothing has been learned yet.
             obs = env.obs
             if step <= args.learning_starts:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
                 action = actor(torch.as_tensor(obs[None], device=device))[0]
                 action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
+            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
+            # finite.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
@@ -338,6 +377,8 @@ def train(args: Args) -> float:
                 env.reset()
             # --- learn critic and actor ---
             for i in range(args.updates_per_step if step > args.learning_starts else 0):
+                # The number of this update in the whole run tells whether it is the actor's turn. As it
+                # follows from the step, it need not be kept in a checkpoint.
                 count = (step - args.learning_starts - 1) * args.updates_per_step + i + 1
                 run.record(**update(count % args.policy_delay == 0))
             # --- evaluate ---

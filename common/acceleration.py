@@ -1,5 +1,6 @@
 """--accelerate: a function that updates networks, compiled or replayed as a CUDA graph; its text stays."""
 
+import functools
 import warnings
 
 import torch
@@ -70,3 +71,24 @@ class Graphed:
 
     def run(self, *flags):
         return {name: value.detach() for name, value in self.function(*flags).items()}
+
+
+def value_and_gradient(f, x, create_graph=False):
+    """f(x), (..., B), and the gradient of its sum by x, in the only form that torch.compile can differentiate
+    once more."""
+    gradient, out = torch.func.grad(lambda x: ((out := f(x)).sum(), out), has_aux=True)(x)
+    return out, gradient if create_graph else gradient.detach()
+
+
+def compiles_as(other):
+    """A decorator: while torch.compile looks, `other` stands in the place of the function; otherwise nothing
+    changes. Uncompiled, the plain form is faster and easier to read."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def chosen(*args, **kwargs):
+            return (other if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return chosen
+
+    return decorate

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import torch
 
 from common.dynamics import DYNAMICS, dynamics_fn
@@ -61,48 +60,3 @@ def gradient_quality(actor, critic, env_id, gamma, starts):
         true_norm=truth.norm(dim=-1).mean(0),
     )
     return {name: f"{values.quantile(0.5).item():.5g}" for name, values in row.items()}
-
-
-# --- of one step of a robot: common.experiments.true_derivatives --------------------------------------------
-def trajectory(true, policy, obs, steps):
-    """Steps of a policy from the state of a MuJoCoDerivatives, whose observation is obs (ds,), in float64.
-
-    -> [[obs (ds,), action (da,), next_obs (ds,), by_action (ds, da), by_obs (ds, ds) or None, contact ()]].
-    """
-    path = []
-    for _ in range(steps):
-        with torch.no_grad():
-            action = policy(torch.as_tensor(obs)[None])[0].numpy()
-        by_action, by_obs = true.by_action(action), None if true.first is None else true.by_obs(action)
-        next_obs, contact = true.go_on(action)
-        found = obs, action, next_obs, by_action, by_obs, contact
-        path.append([None if x is None else torch.as_tensor(np.array(x)) for x in found])
-        obs = next_obs
-    return path
-
-
-def stacked(steps):
-    """Steps in n states as one, whose tensors have the states first."""
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*steps, strict=True)]
-
-
-def through_world(step, obs, action):
-    """What comes next; right in value and gradient in the states and for the actions of a stacked step."""
-    at_obs, at_action, next_obs, by_action, by_obs, _ = step
-    found = next_obs + (by_action @ (action - at_action)[..., None])[..., 0]
-    return found if by_obs is None else found + (by_obs @ (obs - at_obs)[..., None])[..., 0]
-
-
-def compared(found, truth):
-    """Gradients (..., n, *shape) beside true ones (n, *shape): a row of medians over all that stand in front.
-
-    error: |found - truth| / |truth|, 1 for no gradient at all; error_90: 90% of the errors are smaller.
-    """
-    width = truth.flatten(1).shape[1]
-    found, truth = found.reshape(-1, width), truth.expand_as(found).reshape(-1, width)
-    length, true_length = found.norm(dim=1), truth.norm(dim=1)
-    error = (found - truth).norm(dim=1) / true_length.clamp(min=1e-30)
-    cosine = (found * truth).sum(1) / (length * true_length).clamp(min=1e-30)
-    columns = dict(error=error, cosine=cosine, length=length, true_length=true_length)
-    medians = {name: values.quantile(0.5).item() for name, values in columns.items()}
-    return dict(count=len(truth)) | medians | dict(error_90=error.quantile(0.9).item())

@@ -22,7 +22,7 @@ REPAIR = "python -m tests.test_scripts --fix"
 BUDGETS = {"td3": 210, "dyna_td3": 285, "mage_td3": 300, "maac_sac": 400}  # lines of code
 REASONS = {  # why a script has a text of its own: what the others share still agrees
     "td3": {
-        "SMALL LAPTOP LAPTOP_SMALL": "there is no model to set",
+        "PAPER_CLASSIC LAPTOP LAPTOP_CLASSIC": "there is no model to set",
         "Args.updates_per_step": "the model-free baseline learns once for each step",
         "train.update": "the batch is replayed, not imagined",
     },
@@ -30,7 +30,7 @@ REASONS = {  # why a script has a text of its own: what the others share still a
     "maac_sac": {
         """Args.learning_starts Args.updates_per_step Args.batch_size Args.tau Args.lr Args.actor_hidden
         Args.critic_hidden Args.model_hidden Args.model_lr Args.model_train_every
-        LAPTOP LAPTOP_SMALL PRESETS LOGVAR""": "another paper has other values",
+        LAPTOP LAPTOP_CLASSIC PRESETS LOGVAR""": "another paper has other values",
         "Actor actor_loss train.update load_policy": "the actor is stochastic and can plan with the model",
         "descend": "no gradient is clipped",
     },

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from common import BadInput
-from common.dynamics import SMOOTH, MuJoCoDerivatives
 from common.envs import make_env
+from common.experiments.mujoco_derivatives import (
+    SMOOTH,
+    MuJoCoDerivatives,
+    compared,
+    stacked,
+    through_world,
+    trajectory,
+)
 from common.experiments.robot_runs import Agent
 from common.experiments.true_derivatives import (
     Args,
@@ -22,7 +29,6 @@ from common.experiments.true_derivatives import (
     target_gradient,
     target_rows,
 )
-from common.true_gradients import compared, stacked, through_world, trajectory
 from tests.conftest import SCRIPTS, train
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]

@@ -35,7 +35,7 @@ DYNAMICS, REWARD, TERMINATED = dynamics_fn(ENV_ID), reward_fn(ENV_ID), terminati
 GAIN = (-0.5, -0.5)  # a = gain . s; from no start does it leave [-1, 1], where the environment would clip it
 NOISE, EPISODE = 0.5, 26  # of the data: deviation added to the actions; steps, as in the authors' code
 STARTS, SAMPLES = 256, 4  # states the objective starts in; trajectories of the model from each
-SIZES = maac_sac.Args(**maac_sac.LAPTOP_SMALL)  # of networks, batches and steps: the laptop preset's
+SIZES = maac_sac.Args(**maac_sac.LAPTOP_CLASSIC)  # of networks, batches and steps: the laptop preset's
 LEARNED, TRUE = ("C3-", "learned dynamics, learned Q"), ("C0-", "true dynamics, learned Q")  # style, name
 PANELS = {
     "MAAC figure 3: L1 error, policy gradient": {

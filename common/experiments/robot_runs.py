@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from common import BadInput
-from common.dynamics import MuJoCoDerivatives
 from common.envs import call, make_env
 from common.evaluate import load_script
+from common.experiments.mujoco_derivatives import MuJoCoDerivatives, trajectory
 from common.files import loading, newest, read_checkpoint
 from common.rewards import reward_fn, termination_fn
-from common.true_gradients import trajectory
 
 SEED = 2 * 10**6  # of the first new episode; no evaluation starts there
 

@@ -3,7 +3,7 @@
     python -m common.experiments.true_derivatives runs/HalfCheetah-v4/maac_sac/seed-0 -o true_derivatives.png
 
 MAGE takes the gradient of its target through a learned model in the place of the world (Eq. 6 for Eq. 5), and
-MAAC chains the model's derivatives H times. The world's own are had by differences (common/dynamics.py), in
+MAAC chains the model's derivatives H times. The world's own are had by differences (mujoco_derivatives.py) in
 states of new episodes of the policy and, where an observation tells the state, in replayed ones; the action
 is the policy's, without noise. Several runs may be named. The CSV file beside the figure has four parts:
 
@@ -43,9 +43,10 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, Fault
+from common.experiments.mujoco_derivatives import compared, stacked, through_world
 from common.experiments.robot_runs import Agent, records, step_sizes
 from common.files import figure_path, write_table, write_whole
-from common.true_gradients import compared, critic_gradients, stacked, through_world
+from common.true_gradients import critic_gradients
 
 try:
     import maac_sac
