@@ -236,6 +236,22 @@ def test_where_the_world_is_the_model_its_jacobians_have_no_error(agent):
     assert all(row["error"] > 1e-3 for row in found if row["what"] == "member")
 
 
+@pytest.mark.parametrize(("dim", "kind"), [(0, "x velocity"), (1, "positions"), (8, "positions"),
+                                           (9, "velocities"), (17, "velocities")])  # fmt: skip
+def test_each_quantity_counts_among_those_of_its_kind(agent, dim, kind):
+    rows = agent.rows[30:33].double()
+    obs, action = rows[:, : agent.obs_dim], rows[:, agent.obs_dim : agent.obs_dim + 6]
+    scale, unit = agent.model.delta_norm.scale[:, None], agent.model.obs_norm.scale
+    by_action, by_obs = (hat.mean(0) for hat in model_jacobians(agent.model, obs, action))
+    by_action, by_obs = by_action * scale, by_obs * scale  # what a world has in which the model is right,
+    by_action[:, dim] *= 2  # but for one number of the observation
+    by_obs[:, dim] *= 2
+    by_obs = by_obs + torch.eye(agent.obs_dim, dtype=torch.float64)
+    step = (obs, action, None, by_action, by_obs, torch.zeros(3, dtype=torch.bool))
+    wrong = [row for row in model_rows(agent, step) if row["what"] == "ensemble" and row["error"] > 1e-6]
+    assert {row["kind"] for row in wrong} == {"all", kind} and len(wrong) == 2 * 3  # contact: "", "no"
+
+
 def test_a_model_that_is_the_world_has_no_error(agent, monkeypatch):
     obs = agent.rows[40:44, : agent.obs_dim].double().numpy()
     steps = []
@@ -300,7 +316,10 @@ def test_the_program_writes_figure_and_table(folders, tmp_path, capsys):
     exact = [row for row in rows if (row["part"], row["horizon"]) == ("horizon", "0")]
     assert len(exact) == 4 + 3 * 4  # of the critic; by action and by policy in the model, two ways
     assert all(float(row["error"]) < 1e-6 for row in exact)  # without a step there is no model
-    assert "tenth of the difference" in capsys.readouterr().out
+    lines = [line for line in capsys.readouterr().out.splitlines() if "a tenth of the difference" in line]
+    for line in lines:  # a difference that is too small or too large for the numbers' precision shows here
+        assert float(line.split("another by ")[1].split()[0]) < 1e-5, line
+    assert [line.split("by the ")[1].split()[0] for line in lines] == ["action", "observation"] * len(runs)
 
 
 def test_what_cannot_be_measured_is_refused_with_a_sentence(folders, tmp_path):

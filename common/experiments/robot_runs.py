@@ -93,16 +93,19 @@ def records(agent, args, bar):
 
 
 def step_sizes(agent, args):
-    """How much the Jacobians by the action of a new episode change with a tenth of EPS: medians, 90%."""
+    """How much the Jacobians in a new episode change with a tenth of EPS: {by: (median, 90% quantile)}."""
     obs, _ = call(agent.env_id, agent.env.reset, seed=SEED)
-    found = []
+    names = ["action"] + ["observation"] * (agent.true.first is not None)
+    found = {by: [] for by in names}
     for t in range(20 * args.every):
         action = agent.actor(torch.as_tensor(obs[None]).double())[0].detach().numpy()
         if t % args.every == 0:
             with agent.true as true:
-                one, other = true.by_action(action), true.by_action(action, true.EPS / 10)
-            found.append(np.linalg.norm(one - other) / np.linalg.norm(one))
+                for by, changes in found.items():
+                    jacobian = true.by_action if by == "action" else true.by_obs
+                    one, other = jacobian(action), jacobian(action, true.EPS / 10)
+                    changes.append(np.linalg.norm(one - other) / np.linalg.norm(one))
         obs, _, terminated, truncated, _ = call(agent.env_id, agent.env.step, action.astype(np.float32))
         if terminated or truncated:
             break
-    return np.quantile(found, (0.5, 0.9))
+    return {by: np.quantile(changes, (0.5, 0.9)) for by, changes in found.items()}

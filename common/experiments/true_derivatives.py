@@ -197,9 +197,9 @@ def horizon_rows(agent, paths, longest):
 
 def measure(agent, args, bar):
     """The rows of a run."""
-    differ = step_sizes(agent, args)
-    print(f"{agent.name}: a tenth of the difference changes the Jacobian by the action by {differ[0]:.1g} "
-          f"(median), {differ[1]:.1g} (90%)", flush=True)  # fmt: skip
+    for by, (median, most) in step_sizes(agent, args).items():
+        print(f"{agent.name}: with a tenth of the difference the Jacobian by the {by} is another by "
+              f"{median:.1g} of its length (median), {most:.1g} (90%)", flush=True)  # fmt: skip
     for states, paths in records(agent, args, bar).items():
         if not paths:
             continue
