@@ -241,7 +241,7 @@ def test_where_the_world_is_the_model_its_jacobians_have_no_error(agent):
 def test_each_quantity_counts_among_those_of_its_kind(agent, dim, kind):
     rows = agent.rows[30:33].double()
     obs, action = rows[:, : agent.obs_dim], rows[:, agent.obs_dim : agent.obs_dim + 6]
-    scale, unit = agent.model.delta_norm.scale[:, None], agent.model.obs_norm.scale
+    scale = agent.model.delta_norm.scale[:, None]
     by_action, by_obs = (hat.mean(0) for hat in model_jacobians(agent.model, obs, action))
     by_action, by_obs = by_action * scale, by_obs * scale  # what a world has in which the model is right,
     by_action[:, dim] *= 2  # but for one number of the observation
