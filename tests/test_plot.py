@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import common.curves
 import common.plot
 from common import BadInput
 from tests.conftest import ROOT
@@ -60,16 +61,35 @@ def test_curves_are_compared_where_all_seeds_are(capsys):
     args = common.plot.Args([])
     two = (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))
     seeds = [[np.array(x, float) for x in (s, r, s)] for s, r in two]
-    x, values = common.plot.align_seeds(seeds, args, "name")
+    x, values = common.curves.align_seeds(seeds, args, "name")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1], [4, 6]]
     assert capsys.readouterr().err == "name: drawn until step 10, where one seed ends, not 20\n"
+
+
+def test_what_is_named_apart_has_a_panel_of_its_own(capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.extend(figure.axes))
+    for folder, env_id, name in (("one", "HalfCheetah-v4", "a"), ("two", "HalfCheetah-v4", "a"),
+                                 ("two", "Hopper-v4", "b")):  # fmt: skip
+        write(Path(folder, env_id, name, "seed-0.csv"), [0, 50_000], [0, 1])
+    common.plot.main(common.plot.Args(["one", "two"], "figure.png", apart=True))
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.rsplit("|", 3)[0] for line in lines] == [
+        "| HalfCheetah-v4 (one) | a | 1 ", "| HalfCheetah-v4 (two) | a | 1 ",
+        "| Hopper-v4 | b | 1 "]  # fmt: skip
+    assert [panel.get_title() for panel in drawn] == [
+        "HalfCheetah-v4 (one)", "HalfCheetah-v4 (two)", "Hopper-v4"]  # fmt: skip
+    labels = [panel.get_legend_handles_labels()[1] for panel in drawn]
+    assert all(any("published" in label for label in panel) for panel in labels[:2])
+    common.plot.main(common.plot.Args(["one"], "figure.png", apart=True))
+    assert "| HalfCheetah-v4 | a | 1 |" in capsys.readouterr().out
 
 
 def test_what_lies_in_different_folders_is_not_averaged(capsys):
     for folder, value in (("mine/runs", 1), ("reference", 5)):
         write(Path(folder, "Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, value])
     write(Path("reference/Hopper-v4/b/seed-0/eval.csv"), [0, 1000], [0, 2])
-    found = common.plot.read(["mine", "reference", "reference/Hopper-v4"])["Hopper-v4"]
+    found = common.curves.read(["mine", "reference", "reference/Hopper-v4"])["Hopper-v4"]
     ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
     assert ends == {"mine/runs/a": [1], "reference/a": [5], "b": [2]}
 
@@ -79,7 +99,7 @@ def test_a_run_in_any_folder_is_known_by_its_arguments():
         write(Path(folder, "eval.csv"), [0, 1000], [0, seed])
         told = {"script": "mage_td3.py", "args": {"env_id": "mbbl/Ant-v0", "exp_name": None, "seed": seed}}
         Path(folder, "args.json").write_text(json.dumps(told))
-    found = common.plot.read(["one", "two"])
+    found = common.curves.read(["one", "two"])
     assert list(found) == ["mbbl_Ant-v0"] and len(found["mbbl_Ant-v0"]["mage_td3"]) == 2
 
 
@@ -93,7 +113,7 @@ def test_what_has_other_settings_is_not_averaged():
     for number, changes in enumerate(({}, dict(seed=1, threads=2), dict(lr=0.2))):
         make_run(f"runs/{number}", last=number, **changes)
     make_run("runs/3", "mage_td3.py", last=3, lam=0.2)
-    found = common.plot.read(["runs"])["Ant-v4"]
+    found = common.curves.read(["runs"])["Ant-v4"]
     ends = {name: [values[-1] for _, values, _ in seeds] for name, seeds in found.items()}
     assert ends == {"a, td3.py, lr 0.1": [0, 1], "a, td3.py, lr 0.2": [2], "a, mage_td3.py": [3]}
 
@@ -101,7 +121,7 @@ def test_what_has_other_settings_is_not_averaged():
 def test_a_seed_that_has_only_started_does_not_cut_the_others(capsys):
     write(Path("runs/Hopper-v4/a/seed-0/eval.csv"), [0, 1000], [0, 1])
     write(Path("runs/Hopper-v4/a/seed-1/eval.csv"), [0], [5])
-    ((_, values, _),) = common.plot.read(["runs"])["Hopper-v4"]["a"]
+    ((_, values, _),) = common.curves.read(["runs"])["Hopper-v4"]["a"]
     assert values.tolist() == [0, 1] and "seed-1/eval.csv: left out" in capsys.readouterr().err
 
 
@@ -110,27 +130,27 @@ def test_a_copy_without_the_published_curves_draws_its_own(monkeypatch):
     for there in (True, False):
         common.plot.main(common.plot.Args(["runs"], "figure.svg"))
         assert ("SAC, published" in Path("figure.svg").read_text()) is there
-        monkeypatch.setattr(common.plot, "PUBLISHED", Path("nowhere.csv"))
+        monkeypatch.setattr(common.curves, "PUBLISHED", Path("nowhere.csv"))
 
 
 def test_the_running_mean_looks_back_only():
-    assert common.plot.smoothed(np.array([4.0, 2.0, 0.0, 6.0]), 2).tolist() == [4, 3, 1, 3]
-    assert common.plot.smoothed(np.array([4.0, 2.0]), 25).tolist() == [4, 3]
+    assert common.curves.smoothed(np.array([4.0, 2.0, 0.0, 6.0]), 2).tolist() == [4, 3, 1, 3]
+    assert common.curves.smoothed(np.array([4.0, 2.0]), 25).tolist() == [4, 3]
 
 
 def test_the_median_is_not_moved_by_one_seed():
     values = np.array([[1.0], [2.0], [3.0], [4.0], [1000.0]])
-    line, (low, high) = common.plot.centre_and_interval(values, "median")
+    line, (low, high) = common.curves.centre_and_interval(values, "median")
     assert line == 3 and 1 <= low <= 2 and high > 4
-    line, (low, high) = common.plot.centre_and_interval(np.array([[1.0], [3.0]]), "mean")
+    line, (low, high) = common.curves.centre_and_interval(np.array([[1.0], [3.0]]), "mean")
     assert line == 2 and high - 2 == pytest.approx(12.71)
 
 
 def test_curves_are_cut_smoothed_and_drawn_against_minutes():
     seeds = [[np.array(x, float) for x in ([0, 10, 20], [0, 2, 8], [0, 60, 120])]]
-    x, values = common.plot.align_seeds(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
+    x, values = common.curves.align_seeds(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1]]
-    x, values = common.plot.align_seeds(seeds, common.plot.Args([], time=True), "a")
+    x, values = common.curves.align_seeds(seeds, common.plot.Args([], time=True), "a")
     assert (x[0], x[-1]) == (0, 2) and values[0, [0, -1]].tolist() == [0, 8]
     np.testing.assert_allclose(values[0], np.where(x < 1, 2 * x, 6 * x - 4))
 
@@ -139,11 +159,11 @@ def test_intervals_are_of_95_percent():
     """Student's t from a printed table; for the median of nine, binomial: the second value has 3.0% below."""
     for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (31, 2.042), (101, 1.984)):
         values = np.random.default_rng(n).normal(size=(n, 1))
-        _, (low, high) = common.plot.centre_and_interval(values, "mean")
+        _, (low, high) = common.curves.centre_and_interval(values, "mean")
         half = t * values.std(ddof=1) / np.sqrt(n)
         assert (high - low)[0] / 2 == pytest.approx(half, rel=0.015)
         assert (high + low)[0] / 2 == pytest.approx(values.mean())
-    line, (low, high) = common.plot.centre_and_interval(np.arange(1.0, 10)[:, None], "median")
+    line, (low, high) = common.curves.centre_and_interval(np.arange(1.0, 10)[:, None], "median")
     assert (line, low, high) == (5, 2, 8)
 
 
@@ -156,8 +176,8 @@ def test_the_table_takes_the_median_and_the_spread_where_the_mean_is_highest(cap
 
 
 def test_published_curves_are_of_the_same_environment():
-    curves = common.plot.published("HalfCheetah-v4")
-    assert {"SAC", "MBPO", "TD3, v1"} <= set(curves) and not common.plot.published("Pendulum-v1")
+    curves = common.curves.published("HalfCheetah-v4")
+    assert {"SAC", "MBPO", "TD3, v1"} <= set(curves) and not common.curves.published("Pendulum-v1")
     step, value = curves["MBPO"]
     assert 4000 < value[step == 25000] < 6000  # 5042 +- 935 in its authors' figure
 
@@ -210,12 +230,12 @@ def test_a_run_may_lie_just_below_the_root(monkeypatch):
         for run, above in (("/mnt", "/"), ("/mnt/disk", "/mnt"), ("/Ant-v4/mage_td3/seed-0", "/")):
             if there:
                 line = ("mage_td3", above, (("script", "mage_td3.py"), ("env_id", "Ant-v4"), ("lr", "0.1")))
-                assert common.plot.identity(Path(run)) == ("Ant-v4", line)
+                assert common.curves.identity(Path(run)) == ("Ant-v4", line)
             elif run.count("/") > 2:
-                assert common.plot.identity(Path(run)) == ("Ant-v4", ("mage_td3", "/", ()))
+                assert common.curves.identity(Path(run)) == ("Ant-v4", ("mage_td3", "/", ()))
             else:
                 with pytest.raises(LookupError):
-                    common.plot.identity(Path(run))
+                    common.curves.identity(Path(run))
 
 
 def test_a_link_is_followed_and_names_its_run(capsys):
@@ -234,7 +254,7 @@ def test_a_link_is_followed_and_names_its_run(capsys):
         (["runs/Hopper-v4/a/seed-1"], [1]), (["runs/Hopper-v4/a/seed-1/eval.csv"], [1]),
         (["other/Hopper-v4/a/latest"], [2]),
     ):  # fmt: skip
-        found = common.plot.read(runs)
+        found = common.curves.read(runs)
         assert list(found) == ["Hopper-v4"] and list(found["Hopper-v4"]) == ["a"]
         assert sorted(values[-1] for _, values, _ in found["Hopper-v4"]["a"]) == seeds
     assert "runs/Hopper-v4/a/seed-3: left out, it is a link to nothing" in capsys.readouterr().err
@@ -247,13 +267,13 @@ def test_the_home_folder_may_be_a_tilde(monkeypatch, tmp_path):
     common.plot.main(common.plot.Args(["~/runs"], "~/figure.png"))
     assert (home / "figure.png").exists() and os.listdir() == ["home"]
     with pytest.raises(BadInput, match="~nobody-is-called-so/runs: no eval.csv"):
-        common.plot.read(["~nobody-is-called-so/runs"])
+        common.curves.read(["~nobody-is-called-so/runs"])
 
 
 def test_a_folder_that_cannot_be_read_is_refused():
     with pytest.raises(BadInput, match="runs/x cannot be read .Permission denied.: name other folders."):
-        common.plot.refuse(PermissionError(13, "Permission denied", "runs/x"))
-    common.plot.refuse(NotADirectoryError(20, "Not a directory", "runs/seed-0.csv"))  # a file may be named
+        common.curves.refuse(PermissionError(13, "Permission denied", "runs/x"))
+    common.curves.refuse(NotADirectoryError(20, "Not a directory", "runs/seed-0.csv"))  # a file may be named
 
 
 # --- names and values ---------------------------------------------------------------------------------------
@@ -339,8 +359,8 @@ def test_seeds_that_are_never_finite_together_are_refused():
 def test_the_running_mean_passes_over_a_gap():
     nan = np.nan
     values = np.array([4.0, nan, 2.0, 6.0, nan, nan, 8.0])
-    np.testing.assert_equal(common.plot.smoothed(values, 1), values)
-    np.testing.assert_equal(common.plot.smoothed(values, 3), [4, nan, 3, 4, nan, nan, 8])
+    np.testing.assert_equal(common.curves.smoothed(values, 1), values)
+    np.testing.assert_equal(common.curves.smoothed(values, 3), [4, nan, 3, 4, nan, nan, 8])
 
 
 def test_one_evaluation_is_a_dot(figures):
@@ -351,7 +371,7 @@ def test_one_evaluation_is_a_dot(figures):
 
 def test_a_published_curve_below_zero_has_no_logarithm(figures):
     write(Path("runs/HalfCheetah-v4/a/seed-0/eval.csv"), [0, 300_000], [1, 10_000])
-    assert min(min(returns) for _, returns in common.plot.published("HalfCheetah-v4").values()) < 0
+    assert min(min(returns) for _, returns in common.curves.published("HalfCheetah-v4").values()) < 0
     common.plot.main(common.plot.Args(["runs"], "figure.png", log=True))
     low, high = figures[0].axes[0].get_ylim()
     assert 0 < low < 1 and high > 10_000 and len(figures[0].axes[0].lines) > 3
@@ -371,7 +391,7 @@ def test_the_median_of_long_curves_takes_little_memory():
     values = np.random.default_rng(1).normal(size=(10, 1001)).cumsum(1)
     draws = np.random.default_rng(0).integers(10, size=(2000, 10))
     tracemalloc.start()
-    line, interval = common.plot.centre_and_interval(values, "median")
+    line, interval = common.curves.centre_and_interval(values, "median")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 80e6  # all samples at once are 160 MB, and a copy

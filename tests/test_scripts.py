@@ -151,7 +151,8 @@ def test_mage_is_at_most_40_lines_of_code_away_from_dyna():
 
 
 # --- size and structure -------------------------------------------------------------------------------------
-TOOLS = {path for path in COMMON if path.stem in ("benchmark", "plot") or path.parent.name == "experiments"}
+TOOLS = {path for path in COMMON
+         if path.stem in ("benchmark", "curves", "plot") or path.parent.name == "experiments"}  # fmt: skip
 
 
 def code(path):
