@@ -259,26 +259,47 @@ def test_every_limit_is_that_of_a_flag():
     assert not set(LIMITS) - {field for name in SCRIPTS for field in fields(name)}
 
 
-# --- the README ---------------------------------------------------------------------------------------------
-LINK = re.compile(r"\[(\w+)\]\((\w+\.py)#L(\d+)\)")
+# --- the READMEs --------------------------------------------------------------------------------------------
+LINK = re.compile(r"\[(\w+)\]\((\S+\.py)#L(\d+)\)")
+READMES = [ROOT / folder / "README.md" for folder in (".", "tests", "tests/reference")]
 
 
-def linked(text):
-    """The README with the numbers of the lines where what it links to begins."""
+def linked(path):
+    """A README with the numbers of the lines where what it links to begins."""
 
     def line_of(match):
         name, file, _ = match.groups()
         starts = [f"def {name}(", f"class {name}(", f"class {name}:"]
-        lines = (ROOT / file).read_text().splitlines()
+        lines = (path.parent / file).read_text().splitlines()
         (number,) = (n for n, line in enumerate(lines, 1) if any(map(line.startswith, starts)))
         return f"[{name}]({file}#L{number})"
 
-    return LINK.sub(line_of, text)
+    return LINK.sub(line_of, path.read_text())
 
 
-def test_the_readme_links_to_the_right_lines():
-    text = (ROOT / "README.md").read_text()
-    assert len(LINK.findall(text)) >= 8 and linked(text) == text, f"run {REPAIR}"
+def test_the_readmes_link_to_the_right_lines():
+    found = {path: len(LINK.findall(path.read_text())) for path in READMES}
+    assert found[READMES[0]] >= 8 and found[READMES[2]] >= 1
+    for path in READMES:
+        assert linked(path) == path.read_text(), f"run {REPAIR}"
+
+
+def test_the_readmes_link_to_files_and_headings_that_exist():
+    """A heading's anchor is its words in small letters with hyphens, as GitHub makes it."""
+    links = 0
+    for path in READMES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if target.startswith("http"):
+                continue
+            file, _, anchor = target.partition("#")
+            other = (path.parent / file).resolve() if file else path
+            assert other.exists(), f"{path}: {target}"
+            if anchor and other.suffix == ".md":
+                heads = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+                assert anchor in anchors, f"{path}: {target}"
+            links += 1
+    assert links > 20
 
 
 TOOLS_OF_TESTS = ("cheetah_on_its_back", "final_critics", "pusher_at_its_limits", "record_pusher", "speed")
@@ -304,4 +325,5 @@ if __name__ == "__main__":
         sys.exit(f"usage: {REPAIR}")
     print(report(differences()))
     fix()
-    (ROOT / "README.md").write_text(linked((ROOT / "README.md").read_text()))
+    for path in READMES:
+        path.write_text(linked(path))
