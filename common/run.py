@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import BadInput, Fault, files, say
 from common.args import flag
 from common.evaluate import as_policy, evaluate
+from common.forecast import Forecast
 from common.true_gradients import gradient_quality
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
@@ -82,8 +83,7 @@ class Run:
         at_the_end(setattr, threading, "excepthook", hook)
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         at_the_end(self.writer.close)
-        total = self.args.total_timesteps
-        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
         at_the_end(self.bar.close)
         if threading.current_thread() is threading.main_thread():  # no other one may handle signals
             hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
@@ -92,6 +92,8 @@ class Run:
         self.write_args()  # the last thing: a start that fails leaves no run behind
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
+        self.forecast = Forecast(self.args, self.device, self.step)
+        self.forecast.warn()
 
     def __exit__(self, kind, error, trace):
         try:
@@ -115,8 +117,7 @@ class Run:
         text = dict(script=self.script, args=dataclasses.asdict(self.args), device=str(self.device),
                     threads=torch.get_num_threads(), starts=self.starts, step=self.saved_step)  # fmt: skip
         text |= {name: self.starts[0][name] for name in ("versions", "revision")}
-        text = json.dumps(text, indent=2).encode()
-        files.write_whole(self.folder / "args.json", lambda file: file.write(text))
+        files.write_whole(self.folder / "args.json", lambda f: f.write(json.dumps(text, indent=2).encode()))
 
     def on_signal(self, number, frame):
         """The first signal ends the run at the next step boundary, after saving; the second one at once."""
@@ -135,6 +136,7 @@ class Run:
             self.step = step
             yield step
             self.bar.update()
+            self.forecast.after(step, time.monotonic())
             if step % self.args.eval_every == 0:
                 self.log()
             if self.stop or time.monotonic() - self.saved > self.args.checkpoint_every:
@@ -191,6 +193,7 @@ class Run:
         args = self.args
         if args.eval_episodes == 0:
             return
+        began = time.monotonic()
         how = dict(seed=EVAL_SEED + args.seed, max_steps=args.eval_max_steps)
         result = evaluate(as_policy(actor, self.device), args.env_id, args.eval_episodes, **how)
         self.last_return, spread = float(result.returns.mean()), float(result.returns.std())
@@ -208,6 +211,7 @@ class Run:
         if self.last_return > self.best_return:
             self.best_return = self.last_return
             self.write_networks(files.BEST)
+        self.forecast.evaluated(time.monotonic() - began)
 
     # --- checkpoint ---
     def write_networks(self, name):
@@ -225,8 +229,7 @@ class Run:
                       seconds=self.elapsed(), rng=torch.get_rng_state())  # fmt: skip
         if self.device.type == "cuda":
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        path = self.folder / files.NEWEST
-        files.write_whole(path, lambda file: torch.save(whole, file), keep=files.PREVIOUS)
+        files.write_whole(self.folder / files.NEWEST, lambda file: torch.save(whole, file), files.PREVIOUS)
         self.write_networks(files.POLICY)
         self.saved, self.saved_step = time.monotonic(), self.step
         self.write_args()
@@ -244,14 +247,12 @@ class Run:
         if whole["script"] == self.script:  # a flag that it has got since then was at its default
             old = {f.name: f.default for f in dataclasses.fields(self.args)} | old
         names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
-        if names:
-            changed = ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names)
+        if changed := ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names):
             raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
         starts = whole["starts"][-1], files.provenance()
         then, now = (start["versions"] | {"revision": start["revision"]} for start in starts)
         names = [name for name in now if now[name] != then.get(name)]
-        changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names)
-        if changed:
+        if changed := ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names):
             say(f"--resume: {changed}; from here on the numbers may be others.")
         with files.loading(path):
             for name, part in self.state.items():
