@@ -289,8 +289,10 @@ def test_command_lines_that_cannot_be_read(name, argv, monkeypatch, capsys):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_the_flags_and_the_values_of_the_preset(name, monkeypatch, capsys):
     assert call(name, ["--preset", "laptop", "--env-id", "Pendulum-v1", "--help"], monkeypatch) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(flag(field) in shown for field in fields(name))
+    assert shown.count(". (default: ") == len(fields(name))  # each is explained by a sentence
+    assert " ".join(script(name).Args.__doc__.split()) in shown
     assert str(script(name).PRESETS["laptop"]["Pendulum-v1"]["total_timesteps"]) in shown
 
 
