@@ -68,6 +68,11 @@ def numbers(folder, column, seeds):
         first = int(found[1].replace(",", ""))
         after = [[float(row["return_mean"]) for row in rows if int(row["step"]) > first] for rows in seeds]
         values = [f"{sum(values) / len(values):.{digits}f}" for values in after]
+    elif found := re.fullmatch(r"mean of the last ([\d,]+) steps", column):
+        last = int(found[1].replace(",", ""))
+        late = [[float(row["return_mean"]) for row in rows if int(row["step"]) > int(rows[-1]["step"]) - last]
+                for rows in seeds]  # fmt: skip
+        values = [f"{sum(values) / len(values):.{digits}f}" for values in late]
     elif column == "best evaluation":
         values = [f"{max(values):.{digits}f}" for values in returns]
     elif found := re.fullmatch(r"(-?\d+) reached at", column):
