@@ -141,7 +141,7 @@ class Args:
     """With --preset laptop a run takes this long on a busy core, and its last evaluation returns:
 
     - Pendulum-v1, 3,000 steps: 3 to 19 minutes, -145 to -109 (5 seeds)
-    - HalfCheetah-v4, 10,000 steps: 24 to 112 minutes, 1391 to 2177 (2 seeds)
+    - HalfCheetah-v4, 10,000 steps: 24 to 112 minutes, -263 to 2177 (3 seeds)
       with --learning-starts 5000 --no-steve
 
     The longest times are those of runs beside much other work. The paper preset takes a core more than a day

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -110,28 +110,35 @@ class Lenient:
         self.write("")
 
 
+@contextmanager
+def one_sentence():
+    """Around a program: bad input ends it with one sentence and exit code 2, a fault with one and code 1.
+
+    Whoever reads its output may stop reading (`| head`): the program goes on.
+    """
+    with redirect_stdout(Lenient(sys.stdout)), redirect_stderr(Lenient(sys.stderr)):
+        try:
+            yield
+        except (BadInput, Fault) as error:
+            if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
+                traceback.print_exception(error.__cause__)
+            print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
+            sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
 def main(train, Args, presets):
     """A script's command line. Exit code 0: done, 2: bad input, 1: a fault during the run."""
-    with redirect_stdout(Lenient(sys.stdout)), redirect_stderr(Lenient(sys.stderr)):
-        _main(train, Args, presets)
-
-
-def _main(train, Args, presets):
-    try:
-        args = parse_args(Args, presets)
-        train(args)
-    except (BadInput, Fault) as error:
-        if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
-            traceback.print_exception(error.__cause__)
-        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
-    except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
-        if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
-            raise
-        fields = dataclasses.fields(Args)
-        sizes = {f.name: f.default for f in fields if type(f.default) is int and f.default > 1}
-        most = max(sizes, key=lambda name: getattr(args, name) / sizes[name])
-        most = most if getattr(args, most) > sizes[most] else "buffer_size"
-        fault = f"too little memory for {flag(most)} {getattr(args, most)}"
-        print(f"error: {fault}: give a smaller one.", file=sys.stderr)
-        sys.exit(2)
+    with one_sentence():
+        try:
+            args = parse_args(Args, presets)
+            train(args)
+        except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
+            known = "out of memory|not enough memory|can't allocate memory"
+            if isinstance(error, Fault) or not re.search(known, str(error)):
+                raise
+            fields = dataclasses.fields(Args)
+            sizes = {f.name: f.default for f in fields if type(f.default) is int and f.default > 1}
+            most = max(sizes, key=lambda name: getattr(args, name) / sizes[name])
+            most = most if getattr(args, most) > sizes[most] else "buffer_size"
+            fault = f"too little memory for {flag(most)} {getattr(args, most)}"
+            raise BadInput(f"{fault}: give a smaller one.") from None

@@ -35,7 +35,7 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, say
-from common.args import check, flag, parse_args
+from common.args import check, flag, one_sentence, parse_args
 from common.envs import make_env
 from common.files import newest, run_folder
 from common.run import MAY_CHANGE
@@ -283,9 +283,7 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with one_sentence():
+            sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)

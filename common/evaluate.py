@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, Fault, one_line
+from common.args import one_sentence
 from common.envs import call, make_env
 from common.files import BEST, POLICY, loading, read_checkpoint
 
@@ -209,8 +210,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.evaluate"))
-    except (BadInput, Fault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from common import BadInput, Fault
+from common import BadInput
+from common.args import one_sentence
 from common.curves import align_seeds, apart, centre_and_interval, published, read
 from common.files import figure_path, write_whole
 
@@ -126,8 +127,5 @@ def main(args):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal has not
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.plot"))
-    except (BadInput, Fault) as error:
-        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -14,11 +14,12 @@ import argparse
 import difflib
 import io
 import re
-import sys
 import textwrap
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.args import one_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES, MAAC, BUFFER = (f"tests/{file}" for file in (
@@ -268,4 +269,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_sentence():
+        main()

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import re
+import subprocess
 import sys
 from contextlib import contextmanager
 from unittest import mock
@@ -207,3 +208,13 @@ def test_a_copy_is_written_once(tmp_path, capsys, monkeypatch):
             bug_hunt.main(argv)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
     assert (tmp_path / "mine.py").read_text() == "mine"
+
+
+def test_somebody_may_read_only_the_beginning():
+    """`python -m tests.bug_hunt | head -1` closes the pipe, and there is nothing to complain of."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tests.bug_hunt"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

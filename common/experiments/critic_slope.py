@@ -28,6 +28,7 @@ import torch
 import tyro
 
 from common import BadInput
+from common.args import one_sentence
 from common.files import figure_path, write_table, write_whole
 
 try:
@@ -182,8 +183,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.experiments.critic_slope"))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -13,7 +13,6 @@ lemma_*  error and bounds of lemma 4.1, means over the start states, for the mod
          lemma_violated is the share of the starts beyond the appendix's bound.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -24,7 +23,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import maac_sac
-from common import BadInput, Fault
+from common import BadInput
+from common.args import one_sentence
 from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
 from common.files import figure_path, write_table, write_whole
@@ -243,8 +243,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.experiments.maac_horizon"))
-    except (BadInput, Fault) as error:
-        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)

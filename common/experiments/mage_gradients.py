@@ -32,6 +32,7 @@ import torch
 import tyro
 
 from common import BadInput, benchmark
+from common.args import one_sentence
 from common.envs import make_env
 from common.evaluate import load_state
 from common.files import figure_path, write_table, write_whole
@@ -201,8 +202,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.experiments.mage_gradients"))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -42,7 +42,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common import BadInput, Fault
+from common import BadInput
+from common.args import one_sentence
 from common.experiments.mujoco_derivatives import compared, stacked, through_world
 from common.experiments.robot_runs import Agent, records, step_sizes
 from common.files import figure_path, write_table, write_whole
@@ -282,8 +283,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(tyro.cli(Args, prog="python -m common.experiments.true_derivatives"))
-    except (BadInput, Fault) as error:
-        print(f"error: {str(error).removesuffix('.')}.", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
