@@ -115,8 +115,10 @@ def apart(paths, column):
     parts = [(path, read([path], column)) for path in paths]
     alone = [(path, env_id, runs) for path, found in parts for env_id, runs in found.items()]
     above = os.path.commonpath([os.path.abspath(path) for path in paths])
-    often = Counter(env_id for _, env_id, _ in alone)
-    names = [f"{e} ({os.path.relpath(path, above)})" if often[e] > 1 else e for path, e, _ in alone]
+    often, names = Counter(env_id for _, env_id, _ in alone), []
+    for path, env_id, _ in alone:
+        where = os.path.relpath(path, above).removesuffix(f"/{env_id}")
+        names.append(f"{env_id} ({where})" if often[env_id] > 1 else env_id)
     return {name: runs for name, (_, _, runs) in zip(names, alone, strict=True)}
 
 

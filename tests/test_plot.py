@@ -81,6 +81,8 @@ def test_what_is_named_apart_has_a_panel_of_its_own(capsys, monkeypatch):
         "HalfCheetah-v4 (one)", "HalfCheetah-v4 (two)", "Hopper-v4"]  # fmt: skip
     labels = [panel.get_legend_handles_labels()[1] for panel in drawn]
     assert all(any("published" in label for label in panel) for panel in labels[:2])
+    paths = ["one/HalfCheetah-v4", "two/HalfCheetah-v4"]
+    assert list(common.curves.apart(paths, "return_mean")) == ["HalfCheetah-v4 (one)", "HalfCheetah-v4 (two)"]
     common.plot.main(common.plot.Args(["one"], "figure.png", apart=True))
     assert "| HalfCheetah-v4 | a | 1 |" in capsys.readouterr().out
 
