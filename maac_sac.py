@@ -477,7 +477,8 @@ def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
 @torch.no_grad()
 def imagine_data(actor, step, source, target, n, length):
     """Trajectories of the actor in the model from n states of D_env go to D_model; ended ones start anew."""
-    # Algorithm 1: 𝒯 imagined trajectories begin in states of D_env, and what they meet goes to D_model.
+    # Algorithm 1, line 7: 𝒯 imagined trajectories begin in states of D_env, and what they meet goes to
+    # D_model.
     obs = source.sample(n)[0]
     for _ in range(length):
         action = actor.sample(obs)[0]
@@ -665,6 +666,7 @@ def train(args: Args) -> float:
 
     def sample_batch():
         """D_env and D_model in the proportion of real_ratio: (B, ds), (B, da), (B,), (B, ds), (B,)."""
+        # Algorithm 1, line 8: 𝒟 ← D_model ∪ D_env.
         n = round(args.real_ratio * args.batch_size)
         if n == args.batch_size:
             return real.sample(n)
@@ -673,7 +675,8 @@ def train(args: Args) -> float:
 
     def update():
         """One update of the critics, the actor and the temperature."""
-        # Algorithm 1, G₂ times a step: critics, actor and temperature learn on real and imagined rows alike.
+        # Algorithm 1, lines 9 to 11, G₂ times a step: critics, actor and temperature learn on real and
+        # imagined rows alike.
         obs, action, reward, next_obs, terminated = sample_batch()
         alpha = temperature["log_alpha"].exp().detach()
         y, weights = soft_targets(actor, critic_target, step_member, alpha, reward, next_obs, terminated,
@@ -710,6 +713,7 @@ def train(args: Args) -> float:
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
+            # Algorithm 1, line 3: D_env gets what the policy meets in the environment.
             real.add(obs, action, reward, next_obs, terminated)
             model.obs_norm.update(obs)
             model.action_norm.update(action)
@@ -718,8 +722,8 @@ def train(args: Args) -> float:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()
             # --- learn the model, imagine ---
-            # Algorithm 1: the model is fitted to D_env, from the weights that it has, and D_model gets new
-            # rows.
+            # Algorithm 1, lines 4 to 7: the model is fitted to D_env, from the weights that it has, and
+            # D_model gets new rows.
             since = step - args.learning_starts
             if uses_model and since >= 0 and since % args.model_train_every == 0:
                 losses, epochs = fit_model(model, model_opt, real, held_out.mask)
