@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import mage_td3
 from common import BadInput
+from common.args import parse_args
 from common.envs import make_env
+from common.experiments import mage_in_mujoco
+from common.experiments.mage_in_mujoco import World
 from common.experiments.mujoco_derivatives import (
     SMOOTH,
     MuJoCoDerivatives,
@@ -29,7 +33,7 @@ from common.experiments.true_derivatives import (
     target_gradient,
     target_rows,
 )
-from tests.conftest import SCRIPTS, train
+from tests.conftest import SCRIPTS, checkpoint, tiny, train
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]
 
@@ -331,3 +335,42 @@ def test_what_cannot_be_measured_is_refused_with_a_sentence(folders, tmp_path):
         with pytest.raises(BadInput, match=words):
             main(Args(runs, **dict(output=tmp_path / "f.png") | more))
     assert not list(tmp_path.iterdir())
+
+
+# --- MAGE in the world --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Hopper-v4"])
+def test_the_world_as_a_function_is_the_robot_and_has_its_derivative(env_id):
+    world, env = World(env_id), make_env(env_id, seed=3)
+    rng, rows = np.random.default_rng(0), []
+    obs, _ = env.reset(seed=3)
+    for _ in range(12):
+        action = rng.uniform(-0.9, 0.9, env.action_space.shape[0]).astype(np.float32)
+        next_obs, *_ = env.step(action)
+        rows.append((obs, action, next_obs))
+        obs = next_obs
+    obs, action, next_obs = (torch.as_tensor(np.stack(parts)).double() for parts in zip(*rows, strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(world(obs, action), next_obs, rtol=0, atol=2e-3)  # of float32 states
+    weights = torch.randn(obs.shape, dtype=torch.float64)
+    at = action.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((weights * world(obs, at)).sum(), at)
+    for i in range(action.shape[1]):
+        by = torch.zeros_like(action)
+        by[:, i] = 1e-6
+        ends = [(weights * world(obs, action + sign * by)).sum(1) for sign in (1, -1)]
+        torch.testing.assert_close(gradient[:, i], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-3)
+
+
+def test_mage_learns_in_the_world(tmp_path):
+    """The critic moves, no model is trained, and afterwards the script has its own dynamics again."""
+    steps = dict(learning_starts=8, total_timesteps=12, eval_every=12, eval_max_steps=5)
+    argv = tiny("mage_td3", env_id="HalfCheetah-v4", run_dir=tmp_path / "run", **steps)
+    args = parse_args(mage_td3.Args, mage_td3.PRESETS, argv)
+    mage_in_mujoco.train(args)
+    state = checkpoint(tmp_path / "run")
+    assert not state["model_opt"]["state"] and state["args"]["oracle_dynamics"]
+    assert {int(s["step"]) for s in state["critic_opt"]["state"].values()} == {4 * args.updates_per_step}
+    with pytest.raises(BadInput, match="--oracle-dynamics does not know"):
+        mage_td3.train(args)  # the script itself has this world no longer
+    with pytest.raises(BadInput, match="does not show its whole state"):
+        World("Pusher-v4")
