@@ -113,3 +113,13 @@ def test_a_printed_command_works(command, runs, tmp_path):
     if argv[:2] == ["-m", "tests.speed"]:
         for part in ("mage_td3   none", "naive", "MAGE / Dyna-TD3", "--num-samples", "steps/s"):
             assert part in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "common/experiments").glob("*.py")
+                                        if "needs(" in p.read_text() and p.stem != "__init__"))  # fmt: skip
+def test_an_experiment_without_its_scripts_says_which_it_needs(name, tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    command = [sys.executable, "-m", f"common.experiments.{name}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: this experiment needs .*\w+\.py beside common/\.\n", done.stderr)

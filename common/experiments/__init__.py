@@ -1,1 +1,11 @@
 """Programs that reproduce a figure of a paper, each with the scripts as they are."""
+
+import sys
+from importlib.util import find_spec
+
+
+def needs(*scripts):
+    """Ends a program that somebody has copied without the scripts that it imports."""
+    if missing := [f"{script}.py" for script in scripts if find_spec(script) is None]:
+        print(f"error: this experiment needs {' and '.join(missing)} beside common/.", file=sys.stderr)
+        sys.exit(2)

@@ -16,7 +16,6 @@ Prints the errors of value and slope; the CSV file beside the figure has the cur
 """
 
 import csv
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +28,11 @@ import tyro
 
 from common import BadInput
 from common.args import one_sentence
+from common.experiments import needs
 from common.files import figure_path, write_table, write_whole
 
-try:
-    import mage_td3
-except ModuleNotFoundError:
-    print("error: common.experiments.critic_slope needs mage_td3.py beside common/.", file=sys.stderr)
-    sys.exit(2)
+needs("mage_td3")
+import mage_td3  # noqa: E402
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402

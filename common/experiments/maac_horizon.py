@@ -22,13 +22,16 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-import maac_sac
 from common import BadInput
 from common.args import one_sentence
 from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
+from common.experiments import needs
 from common.files import figure_path, write_table, write_whole
 from common.rewards import reward_fn, termination_fn
+
+needs("maac_sac")
+import maac_sac  # noqa: E402
 
 ENV_ID = "DoubleIntegrator-v1"
 DYNAMICS, REWARD, TERMINATED = dynamics_fn(ENV_ID), reward_fn(ENV_ID), termination_fn(ENV_ID)

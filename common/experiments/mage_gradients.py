@@ -35,15 +35,12 @@ from common import BadInput, benchmark
 from common.args import one_sentence
 from common.envs import make_env
 from common.evaluate import load_state
+from common.experiments import needs
 from common.files import figure_path, write_table, write_whole
 from common.true_gradients import action_gradients, critic_gradients
 
-try:
-    import mage_td3
-except ModuleNotFoundError:
-    scripts = "td3.py, dyna_td3.py and mage_td3.py"
-    print(f"error: common.experiments.mage_gradients needs {scripts} beside common/.", file=sys.stderr)
-    sys.exit(2)
+needs("td3", "dyna_td3", "mage_td3")
+import mage_td3  # noqa: E402
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402

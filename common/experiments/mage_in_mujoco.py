@@ -13,20 +13,17 @@ The robot must show its whole state (HalfCheetah, Hopper, Walker2d, Swimmer, Inv
 the track is no part of that, and the contact solver starts anew in every state.
 """
 
-import sys
 
 import numpy as np
 import torch
 
 from common.args import main
 from common.envs import make_env
+from common.experiments import needs
 from common.experiments.mujoco_derivatives import MuJoCoDerivatives
 
-try:
-    import mage_td3
-except ModuleNotFoundError:
-    print("error: common.experiments.mage_in_mujoco needs mage_td3.py beside common/.", file=sys.stderr)
-    sys.exit(2)
+needs("mage_td3")
+import mage_td3  # noqa: E402
 
 
 class World:

@@ -29,7 +29,6 @@ error_90 is the 90% quantile. The critic of MAGE is trained for what `critic` me
 function, also in a run that learned one. MAAC's target is without entropy, its action the policy's mean.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -44,18 +43,15 @@ from tqdm import tqdm
 
 from common import BadInput
 from common.args import one_sentence
+from common.experiments import needs
 from common.experiments.mujoco_derivatives import compared, stacked, through_world
 from common.experiments.robot_runs import Agent, records, step_sizes
 from common.files import figure_path, write_table, write_whole
 from common.true_gradients import critic_gradients
 
-try:
-    import maac_sac
-    import mage_td3
-except ModuleNotFoundError:
-    scripts = "mage_td3.py and maac_sac.py"
-    print(f"error: common.experiments.true_derivatives needs {scripts} beside common/.", file=sys.stderr)
-    sys.exit(2)
+needs("maac_sac", "mage_td3")
+import maac_sac  # noqa: E402
+import mage_td3  # noqa: E402
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
