@@ -127,7 +127,7 @@ class Run:
         os.write(2, b"\nstopping: this step ends, the run is saved; a second signal stops it now, unsaved\n")
 
     def steps(self):
-        """The numbers of the steps to come. Between two of them: log, checkpoint, orderly stop."""
+        """The numbers of the steps to come. Between two of them: log, checkpoint, orderly stop, forecast."""
         total = self.args.total_timesteps
         if self.step and self.step >= total:
             tqdm.write(f"{self.folder} is finished: a larger --total-timesteps than {self.step} goes on.")
@@ -136,7 +136,6 @@ class Run:
             self.step = step
             yield step
             self.bar.update()
-            self.forecast.after(step, time.monotonic())
             if step % self.args.eval_every == 0:
                 self.log()
             if self.stop or time.monotonic() - self.saved > self.args.checkpoint_every:
@@ -144,6 +143,7 @@ class Run:
                 if self.stop:  # a signal that comes after the line above waits for the next step
                     say(f"saved at step {step}, --resume goes on from there")
                     sys.exit(128 + self.stop)
+            self.forecast.after(step, time.monotonic())
         self.save()
 
     # --- log ---
