@@ -49,6 +49,8 @@ class Agent:
         if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
             self.model = None  # as in a run of SAC
         self.gamma, self.step = args.gamma, state["step"]
+        temperature = state.get("temperature")  # of maac_sac.py
+        self.alpha = temperature["log_alpha"].exp().item() if temperature else None
 
     def outcome(self, obs, action, next_obs):
         """What a step gives: reward, next_obs, terminated."""

@@ -1,0 +1,69 @@
+"""Does the critic of a run on a robot say what its policy earns? python -m tests.values_of_critics RUN_FOLDER...
+
+Of the policy's own episodes, as it acts when it learns but without a TD3's exploration noise: the mean of the
+smaller critic's value in their first half, the discounted rewards that followed there, and the reward of a
+step, with what the model says of it (mean over members). For maac_sac.py also the temperature, and the entropy
+of the policy where it goes, which its critic counts beside the rewards.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+from common.envs import call
+from common.experiments.robot_runs import SEED, Agent
+
+EPISODES = 3
+
+
+@torch.no_grad()
+def look(agent, episodes=EPISODES):
+    """Means {name: number}: Q, the discounted return, reward, the model's reward, entropy (NaN: none)."""
+    torch.manual_seed(0)
+    found = {name: [] for name in ("q", "discounted", "reward", "imagined", "entropy")}
+    for episode in range(episodes):
+        obs, _ = call(agent.env_id, agent.env.reset, seed=SEED + episode)
+        rows, rewards, done = [], [], False
+        while not done:
+            state, log_prob = torch.as_tensor(obs[None]).double(), torch.full((1,), torch.nan)
+            if hasattr(agent.actor, "sample"):
+                action, log_prob = agent.actor.sample(state)
+            else:
+                action = agent.actor(state)
+            q = agent.critic(state, action).min().item()
+            imagined = torch.nan
+            if agent.model is not None:
+                next_obs = agent.imagined(state, action)
+                imagined = agent.outcome(state, action, next_obs)[0].mean().item()
+            rows.append((q, imagined, -log_prob.item()))
+            obs, reward, terminated, truncated, _ = call(
+                agent.env_id, agent.env.step, action[0].numpy().astype(np.float32))  # fmt: skip
+            rewards.append(reward)
+            done = terminated or truncated
+        returns = np.zeros(len(rewards) + 1)
+        for t in reversed(range(len(rewards))):
+            returns[t] = rewards[t] + agent.gamma * returns[t + 1]
+        half = max(len(rewards) // 2, 1)  # a time limit cuts the rewards of the second one
+        columns = dict(zip(("q", "imagined", "entropy"), zip(*rows, strict=True), strict=True))
+        found["q"].append(np.mean(columns["q"][:half]))
+        found["discounted"].append(np.mean(returns[:half]))
+        found["reward"].append(np.mean(rewards))
+        found["imagined"].append(np.mean(columns["imagined"]))
+        found["entropy"].append(np.mean(columns["entropy"]))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def main(folders):
+    print("| run | step | Q | discounted return | reward | in the model | temperature | entropy |")
+    print("|---|---|---|---|---|---|---|---|")
+    for folder in folders:
+        agent = Agent(folder)
+        found = look(agent)
+        cells = [f"{found[name]:.3g}" for name in ("q", "discounted", "reward", "imagined")]
+        cells += [f"{agent.alpha:.2g}", f"{found['entropy']:.1f}"] if agent.alpha is not None else ["", ""]
+        print("| " + " | ".join([agent.name, str(agent.step), *(c if c != "nan" else "" for c in cells)]) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
