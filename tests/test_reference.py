@@ -59,22 +59,26 @@ def numbers(folder, column, seeds):
         return ", ".join(f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}" for value in values)
     returns = [[float(row["return_mean"]) for row in rows] for rows in seeds]
     digits = 1 if folder.endswith("Pusher-v4") else 0
+
+    def short(value):
+        return f"{round(value, digits) + 0:.{digits}f}"  # + 0: no minus before a zero
+
     if found := re.fullmatch(r"at step ([\d,]+)", column):
         ends = {rows[-1]["step"] for rows in seeds}
         if ends != {found[1].replace(",", "")}:
             raise ValueError(f"{folder}: runs end at {ends}")
-        values = [f"{values[-1]:.{digits}f}" for values in returns]
+        values = [short(values[-1]) for values in returns]
     elif found := re.fullmatch(r"mean after step ([\d,]+)", column):
         first = int(found[1].replace(",", ""))
         after = [[float(row["return_mean"]) for row in rows if int(row["step"]) > first] for rows in seeds]
-        values = [f"{sum(values) / len(values):.{digits}f}" for values in after]
+        values = [short(sum(values) / len(values)) for values in after]
     elif found := re.fullmatch(r"mean of the last ([\d,]+) steps", column):
         last = int(found[1].replace(",", ""))
         late = [[float(row["return_mean"]) for row in rows if int(row["step"]) > int(rows[-1]["step"]) - last]
                 for rows in seeds]  # fmt: skip
-        values = [f"{sum(values) / len(values):.{digits}f}" for values in late]
+        values = [short(sum(values) / len(values)) for values in late]
     elif column == "best evaluation":
-        values = [f"{max(values):.{digits}f}" for values in returns]
+        values = [short(max(values)) for values in returns]
     elif found := re.fullmatch(r"(-?\d+) reached at", column):
         enough = int(found[1])
         steps = ([row["step"] for row in rows if float(row["return_mean"]) >= enough] for rows in seeds)
