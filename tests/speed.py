@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import maac_sac
@@ -32,22 +33,39 @@ CLEANRL = [*ENV, "--actor-hidden", "256", "--critic-hidden", "256", "--batch-siz
 SIZES = []  # not empty: those of the tests (--tiny)
 
 
-class CountFlop(TorchDispatchMode):
-    """Floating-point operations in matrix products; PyTorch's own counter fails at a double backward."""
+class Count(TorchDispatchMode):
+    """Floating-point operations in matrix products (PyTorch's own counter fails at a double backward), and
+    launches: the operations of PyTorch that would start work on a GPU.
 
-    flop = 0
+    What only looks at memory in another way, allocates it, or reads a number of it back starts none. Nor does
+    what touches CPU tensors alone while the networks are on a GPU. On a CPU the counters of the optimisers
+    cannot be told from the rest, so that each step of an optimiser counts one operation too many. An
+    operation on a list of tensors counts once, and one that PyTorch carries out by several kernels too.
+    """
+
+    IDLE = ("_local_scalar_dense", "_unsafe_view", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_")
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.flop, self.launches = device, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.flop += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        name = func.overloadpacket.__name__
+        idle = func.is_view or func.namespace != "aten" or name in self.IDLE or "empty" in name
+        touched = [x for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x)]
+        self.launches += not idle and any(x.device.type == self.device.type for x in touched)
         return out
 
 
-def gflop(job):
-    with CountFlop() as counter:
+def counted(job, device):
+    """GFLOP and launches of a job, once it has made what it keeps."""
+    job()
+    with Count(device) as count:
         job()
-    return counter.flop / 1e9
+    return count.flop / 1e9, count.launches
 
 
 def seconds(jobs, turns, device):
@@ -71,9 +89,15 @@ def seconds(jobs, turns, device):
 
 
 def matmul_rate(device):
-    """GFLOP/s of a product of two 1024 x 1024 matrices, the best of 30."""
-    a, b = torch.randn(2, 1024, 1024, device=device)
-    return 2 * 1024**3 / 1e9 / min(seconds({i: lambda: a @ b for i in range(30)}, 1, device).values())
+    """GFLOP/s of a product of two square matrices in float32, the best of 30."""
+    n = side(device)
+    a, b = torch.randn(2, n, n, device=device)
+    return 2 * n**3 / 1e9 / min(seconds({i: lambda: a @ b for i in range(30)}, 1, device).values())
+
+
+def side(device):
+    """Of the square matrices: a GPU needs large ones to be busy."""
+    return 4096 if device.type == "cuda" else 1024
 
 
 def sizes_of(name):
@@ -114,12 +138,12 @@ def maac_batch(v):
     maac_sac.descend(v["model_opt"], maac_sac.model_losses(v["model"], obs, action, next_obs).mean())
 
 
-def rest(name):
+def rest(name, device):
     """Seconds of an environment step without learning: act, step, store, log, its share of evaluations."""
     off = ["--updates-per-step", "0", "--learning-starts", "0", "--total-timesteps", "1000"]
     off += {"td3": [], "maac_sac": ["--horizon", "0", "--no-steve", "--real-ratio", "1"]}.get(
         name, ["--model-train-every", "1000000"])  # fmt: skip
-    return run(name, *ENV, *sizes_of(name), *off)[0] / 1000
+    return run(name, *ENV, *sizes_of(name), *off, "--device", device.type)[0] / 1000
 
 
 def run(name, *argv):
@@ -135,73 +159,87 @@ def run(name, *argv):
     return passed, dict(zip(names.split(","), last.split(","), strict=True))
 
 
-def memory(name, device):
-    """Peak memory in MB of a process (on a GPU: of its tensors) that learns at the paper's sizes."""
-    command = [sys.executable, "-m", "tests.speed", "--memory", name, "--device", device.type]
+def memory(name, device, how="none"):
+    """Peak memory in MB of a process that learns at the paper's sizes; on a GPU, what PyTorch holds there."""
+    command = [sys.executable, "-m", "tests.speed", "--memory", name, how, "--device", device.type]
     done = subprocess.run(command + ["--tiny"] * bool(SIZES), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return float(done.stdout)
 
 
-def print_memory(name, device):
-    functions, inside = made(name, device)
-    for _ in range(3):
-        for block, function in functions.items():
-            function(*[True] * (block == "update" and name != "maac_sac"))
+def print_memory(name, how, device):
+    for job in learning_of(name, how, device)[0].values():
+        for _ in range(WARM_UP + 2):
+            job()
     if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
+        print(torch.cuda.max_memory_reserved() / 2**20)
     else:  # not getrusage, which remembers the process that started this one
         status = Path("/proc/self/status").read_text().split()
         print(int(status[status.index("VmHWM:") + 1]) / 2**10)
 
 
+def learning_of(name, how, device):
+    """What learning consists of, {part: function}, on networks of its own: a graph changes how optimisers
+    count, and so the plain functions beside it. With it what they close over."""
+    functions, inside = made(name, device)
+    optimizers = [x for x in inside.values() if isinstance(x, torch.optim.Optimizer)]
+    fast = {block: accelerate(f, how, device, optimizers) for block, f in functions.items()}
+    if name == "maac_sac":
+        return {"model": lambda: maac_batch(inside), "critic and actor": fast["update"]}, inside
+    model = {"model": fast["train_model"]} if "train_model" in fast else {}
+    critic = {"critic": lambda: fast["update"](False), "critic and actor": lambda: fast["update"](True)}
+    return model | critic, inside
+
+
+def per_step(name, args, cost):
+    """What learning costs in an environment step, where `cost` is {part: number}, a time or launches."""
+    if name == "maac_sac":
+        return args.updates_per_step * cost["critic and actor"]  # its model's fits stop early: not counted
+    delayed = cost["critic"] + (cost["critic and actor"] - cost["critic"]) / args.policy_delay
+    batches = args.model_batches / args.model_train_every * cost["model"] if name != "td3" else 0
+    return args.updates_per_step * delayed + batches
+
+
 def learning(device, turns, ways, accelerated):
-    """The first table: every script, every way to accelerate it, MAGE's transcription."""
-    jobs, flop, args = {}, {}, {}
+    """The first two tables: every script, every way to accelerate it, MAGE's transcription."""
+    jobs, counts, args = {}, {}, {}
     for name in SCRIPTS:
-        functions, inside = made(name, device)
-        args[name] = inside["args"]
         for how in ways if name in accelerated else ["none"]:
-            optimizers = [x for x in inside.values() if isinstance(x, torch.optim.Optimizer)]
-            fast = {block: accelerate(f, how, device, optimizers) for block, f in functions.items()}
-            parts = {"model": fast["train_model"]} if "train_model" in fast else {}
-            if name == "maac_sac":
-                parts = {"model": lambda v=inside: maac_batch(v), "critic and actor": fast["update"]}
-            else:
-                parts |= {"critic": lambda f=fast: f["update"](False),
-                          "critic and actor": lambda f=fast: f["update"](True)}  # fmt: skip
+            parts, inside = learning_of(name, how, device)
             jobs |= {(name, how, part): job for part, job in parts.items()}
-            flop |= {(name, part): gflop(job) for part, job in parts.items() if how == "none"}
+            if how == "none":
+                args[name] = inside["args"]
+                counts |= {(name, part): counted(job, device) for part, job in parts.items()}
         if name == "mage_td3":
+            *_, inside = learning_of(name, "none", device)
             jobs[name, "naive", "critic"] = lambda v=inside: transcription(v)
-    found, rate = seconds(jobs, turns, device), matmul_rate(device)
-    print(f"a product of two 1024 x 1024 matrices: {rate:.0f} GFLOP/s\n")
-    print(f"{'script':10} {'accelerate':10} {'update':17} {'ms':>9} {'GFLOP':>7} {'of matmul':>9}")
+    found, rate, n = seconds(jobs, turns, device), matmul_rate(device), side(device)
+    print(f"a product of two {n} x {n} matrices: {rate:.0f} GFLOP/s\n")
+    head = f"{'script':10} {'accelerate':10} {'update':17} {'ms':>9} {'GFLOP':>7} {'of matmul':>9}"
+    print(f"{head} {'launches':>9}")
     for (name, how, part), value in found.items():
-        count = flop.get((name, part)) if how != "naive" else None
-        share = f"{count:7.2f} {count / value / rate:9.0%}" if count else ""
-        print(f"{name:10} {how:10} {part:17} {1e3 * value:9.2f} {share}")
+        flop, launches = counts[name, part]
+        share = f"{flop:7.2f} {flop / value / rate:9.0%}" if how != "naive" else ""
+        print(f"{name:10} {how:10} {part:17} {1e3 * value:9.2f} {share}" + f" {launches:9}" * (how == "none"))
 
-    def per_step(name, how):
-        a, t = args[name], {part: found[name, how, part] for n, h, part in found if (n, h) == (name, how)}
-        if name == "maac_sac":
-            return a.updates_per_step * t["critic and actor"]  # the fits of its model stop early: not counted
-        delayed = t["critic"] + (t["critic and actor"] - t["critic"]) / a.policy_delay
-        batches = a.model_batches / a.model_train_every * t["model"] if name != "td3" else 0
-        return a.updates_per_step * delayed + batches
+    def step_of(name, values):
+        return per_step(name, args[name], values)
 
-    head = f"{'an environment step':20} {'learning, ms':>12} {'all else':>9} {'share':>6} {'memory, MB':>10}"
-    print(f"\n{head}")
+    learn = {name: step_of(name, {part: found[name, "none", part] for n, part in counts if n == name})
+             for name in SCRIPTS}  # fmt: skip
+    head = f"{'an environment step':20} {'learning, ms':>12} {'launches':>9} {'all else':>9} {'share':>6}"
+    print(f"\n{head} {'memory, MB':>10}")
     for name in SCRIPTS:
-        learn, other = per_step(name, "none"), rest(name)
-        size = memory(name, device)
-        share = other / (learn + other)
-        print(f"{name:20} {1e3 * learn:12.1f} {1e3 * other:9.2f} {share:6.1%} {size:10.0f}")
+        launches = step_of(name, {part: count for (n, part), (_, count) in counts.items() if n == name})
+        other, size = rest(name, device), memory(name, device)
+        numbers = f"{1e3 * learn[name]:12.1f} {launches:9.0f} {1e3 * other:9.2f}"
+        print(f"{name:20} {numbers} {other / (learn[name] + other):6.1%} {size:10.0f}")
     critic = {how: found["mage_td3", how, "critic"] for how in ("naive", *ways)}
     print()
     for how in ways:
         print(f"MAGE's critic update, naive / {how}: {critic['naive'] / critic[how]:.1f}")
-    both = per_step("mage_td3", "none") / per_step("dyna_td3", "none")
-    print(f"MAGE / Dyna-TD3, learning in an environment step: {both:.2f}")
+    print(f"MAGE / Dyna-TD3, learning in an environment step: {learn['mage_td3'] / learn['dyna_td3']:.2f}")
 
 
 def growth(device, turns):
@@ -237,14 +275,14 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="one turn of tiny networks: does it work?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--memory", choices=SCRIPTS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     SIZES[:] = [True] * args.tiny
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
     if args.memory:
-        print_memory(args.memory, device)
+        print_memory(*args.memory, device)
         return
     turns = 1 if args.tiny else 3 if args.quick else 9
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
