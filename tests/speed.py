@@ -7,6 +7,8 @@ compared runs in turns in one process and the median is shown, so that ratios ho
 """
 
 import argparse
+import gc
+import itertools
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import maac_sac
+from common import one_line
 from common.acceleration import WARM_UP, accelerate
 from common.args import parse_args
 from tests.conftest import ROOT, SCRIPTS, script, tiny
@@ -101,7 +104,7 @@ def side(device):
 
 
 def sizes_of(name):
-    return tiny(name, env_id=ENV[1], eval_every=1000, eval_max_steps=20) if SIZES else []
+    return tiny(name, env_id=ENV[1], eval_every=100, eval_max_steps=20) if SIZES else []
 
 
 def made(name, device, *argv):
@@ -140,10 +143,11 @@ def maac_batch(v):
 
 def rest(name, device):
     """Seconds of an environment step without learning: act, step, store, log, its share of evaluations."""
-    off = ["--updates-per-step", "0", "--learning-starts", "0", "--total-timesteps", "1000"]
+    steps = 100 if SIZES else 1000
+    off = ["--updates-per-step", "0", "--learning-starts", "0", "--total-timesteps", str(steps)]
     off += {"td3": [], "maac_sac": ["--horizon", "0", "--no-steve", "--real-ratio", "1"]}.get(
         name, ["--model-train-every", "1000000"])  # fmt: skip
-    return run(name, *ENV, *sizes_of(name), *off, "--device", device.type)[0] / 1000
+    return run(name, *ENV, *sizes_of(name), *off, "--device", device.type)[0] / steps
 
 
 def run(name, *argv):
@@ -172,11 +176,25 @@ def print_memory(name, how, device):
     for job in learning_of(name, how, device)[0].values():
         for _ in range(WARM_UP + 2):
             job()
+    print(peak(device))
+
+
+def held(device):
+    """Frees what nobody uses any more -> MB that PyTorch goes on holding on a GPU; `peak` starts anew."""
+    gc.collect()  # functions that know each other
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved() / 2**20
+
+
+def peak(device):
+    """The most memory in MB that this process had, or on a GPU that PyTorch held there."""
     if device.type == "cuda":
-        print(torch.cuda.max_memory_reserved() / 2**20)
-    else:  # not getrusage, which remembers the process that started this one
-        status = Path("/proc/self/status").read_text().split()
-        print(int(status[status.index("VmHWM:") + 1]) / 2**10)
+        return torch.cuda.max_memory_reserved() / 2**20
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 2**10  # getrusage remembers who started this process
 
 
 def learning_of(name, how, device):
@@ -240,6 +258,30 @@ def learning(device, turns, ways, accelerated):
     for how in ways:
         print(f"MAGE's critic update, naive / {how}: {critic['naive'] / critic[how]:.1f}")
     print(f"MAGE / Dyna-TD3, learning in an environment step: {learn['mage_td3'] / learn['dyna_td3']:.2f}")
+
+
+def rows(names, ways, device):
+    """Yields the numbers of the first two tables as rows, a script and a way at a time, or why not."""
+    rate, turns = matmul_rate(device), 9 if device.type == "cuda" else 1
+    for name, how in itertools.product(names, ways):
+        try:
+            plain, inside = learning_of(name, "none", device)
+            counts, args = {part: counted(job, device) for part, job in plain.items()}, inside["args"]
+            plain = inside = parts = None  # noqa: F841
+            before = held(device)
+            parts, _ = learning_of(name, how, device)
+            times = seconds(parts, turns, device)
+            memory = peak(device) - before
+            for part, passed in times.items():
+                flop, launches = counts[part]
+                yield dict(table="updates", script=name, accelerate=how, update=part, ms=1e3 * passed,
+                           gflop=flop, of_matmul=flop / passed / rate, matmul_gflops=rate, launches=launches)
+            launches = per_step(name, args, {part: count for part, (_, count) in counts.items()})
+            learn, other = per_step(name, args, times), rest(name, device) if how == "none" else None
+            yield dict(table="steps", script=name, accelerate=how, learning_ms=1e3 * learn, launches=launches,
+                       all_else_ms=other and 1e3 * other, memory_mb=memory)  # fmt: skip
+        except Exception as error:
+            yield dict(error=f"{name}, {how}: {one_line(error)}")
 
 
 def growth(device, turns):
