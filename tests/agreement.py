@@ -41,7 +41,7 @@ def learned(name, how, device):
         for block, function in fast.items():
             losses |= function(*[i % 2 == 1] * (block == "update" and name != "maac_sac"))
     after = weights()
-    return {key: (before[key], after[key]) for key in nets}, {key: float(x) for key, x in losses.items()}
+    return {key: (before[key], after[key]) for key in nets}, {key: x.item() for key, x in losses.items()}
 
 
 def apart(one, other):

@@ -150,12 +150,11 @@ class Measurement:
                 found["errors"].append("no time was left for it: give more --minutes")
             elif part != "card" and missing:
                 found["errors"].append(f"{missing[0]} is missing here: pip install -r requirements.txt")
-            elif part == "training":
-                self.train(found, end)
             else:
-                for group in self.groups(part):
-                    self.ask(part, group, end, found)
-                    self.write()
+                try:
+                    self.train(found, end) if part == "training" else self.ask_all(part, found, end)
+                except Exception as error:
+                    found["errors"].append(f"{type(error).__name__}: {error}")
             found["seconds"] = round(time.monotonic() - began, 1)
             self.write()
             print(f"{part:10} {found['seconds']:6.1f} s  {len(found['rows'])} results", flush=True)
@@ -163,16 +162,18 @@ class Measurement:
                 print(f"error: {part}: {error}", file=sys.stderr, flush=True)
         return not any(self.result[part]["errors"] for part in SHARES)
 
-    def groups(self, part):
-        """What the processes of a part are about, [those that run at once, ...]."""
-        if part == "speed":
-            names = SCRIPTS if self.device == "cuda" else [" ".join(SCRIPTS)]
-            return [[f"{name}:{ways}"] for ways in WAYS[self.device] for name in names]
-        if part == "agreement":  # nothing is timed there
-            return [SCRIPTS] if self.device == "cuda" else [[" ".join(SCRIPTS)]]
-        return [[""]]
+    def ask_all(self, part, found, end):
+        """The processes of a part, one after the other, but for those of the agreement: it times nothing."""
+        names, groups = SCRIPTS if self.device == "cuda" else [" ".join(SCRIPTS)], [[""]]
+        if part == "agreement":
+            groups = [names]
+        elif part == "speed":
+            groups = [[f"{name}:{ways}"] for ways in WAYS[self.device] for name in names]
+        for group in groups:
+            self.ask(part, group, found, end)
+            self.write()
 
-    def ask(self, part, names, end, found):
+    def ask(self, part, names, found, end):
         """A process for each of the names, all at once; none of them runs on after `end`."""
         if time.monotonic() >= end:
             found["errors"].append(f"no time was left for {' '.join(names)}: give more --minutes")
@@ -201,17 +202,18 @@ class Measurement:
 
     def train(self, found, end):
         """A sweep in the folder, stopped in time for its runs to save."""
-        rows = [row for row in self.result["agreement"]["rows"] if row["script"] == "mage_td3"]
-        agrees = any(row["accelerate"] == "graph" and row["agrees"] for row in rows)
+        compared = {(row["script"], row["accelerate"]): row for row in self.result["agreement"]["rows"]}
+        agrees = compared.get(("mage_td3", "graph"), {"agrees": False})["agrees"]
         found["accelerate"] = "graph" if agrees else "none"
         flags = ["--device", self.device, "--accelerate", found["accelerate"], "--checkpoint-every", "60"]
         seeds = SEEDS
         if self.device == "cpu":
             seeds, tiny = 2, importlib.import_module("tests.conftest").tiny
             flags += tiny("mage_td3", env_id="HalfCheetah-v4", eval_max_steps=20)[2:]
-        words = ["common.benchmark", "--scripts", "mage_td3", "--env-ids", "HalfCheetah-v4", "--seeds", str(seeds)]
+        words = ["common.benchmark", "--scripts", "mage_td3", "--env-ids", "HalfCheetah-v4"]
         log, stopped = self.out / "training.log", True
-        sweep = started([*words, "--", *flags], log, log, self.out)
+        log.unlink(missing_ok=True)
+        sweep = started([*words, "--seeds", str(seeds), "--", *flags], log, log, self.out)
         try:
             while sweep.poll() is None and time.monotonic() < end - min(STOPPING, self.seconds / 4):
                 time.sleep(0.5)
@@ -244,7 +246,7 @@ class Measurement:
 def started(words, out, err, folder):
     """A process of `python -m`, with its output in files."""
     own = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder, start_new_session=True)
-    with open(out, "wb") as out, open(err, "ab") as err:
+    with open(out, "ab") as out, open(err, "ab") as err:
         return subprocess.Popen([sys.executable, "-m", *words], stdout=out, stderr=err, **own)
 
 
