@@ -18,7 +18,8 @@ from tests.conftest import TINY as SIZES
 TINY = {name: value for name, value in SIZES.items() if name != "env_id"} | {"eval_max_steps": 20}
 PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local"}  # what a reader fills in
 # They change files, or are run by a test of their own, or are this.
-NOT_HERE = ("-m pytest", "-m tests.test_", "tests/record_pusher.py", "-O", "experiments.mage_gradients")
+NOT_HERE = ("-m pytest", "-m tests.test_", "-m tests.gpu", "tests/record_pusher.py", "-O",
+            "experiments.mage_gradients")  # fmt: skip
 LOOKS = ("cheetah_on_its_back", "pusher_at_its_limits", "final_critics")  # programs that look at a run
 SOURCES = ["README.md", "tests/README.md", "tests/reference/README.md", *(f"{name}.py" for name in SCRIPTS)]
 SOURCES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "common").rglob("*.py"))
