@@ -15,8 +15,11 @@ from common import one_line
 from common.acceleration import accelerate
 from tests.speed import made
 
-FAR = 0.01  # a difference of more than a hundredth of what was learned is no rounding
 UPDATES = 20
+# The largest difference that is rounding, as a part of what was learned. Where RAdam counts on the GPU it also
+# computes its rectification there, in float32, which cancels in the first steps: that makes 0.9% to 2% with
+# the TD3 family on a CPU (and 0.2% after 100 updates). One update less makes 9% to 27%.
+FAR = {"again": 0.001, "capturable": 0.04, "graph": 0.001, "compile": 0.04}
 
 
 def learned(name, how, device):
@@ -68,8 +71,8 @@ def compare(name, device):
             far = apart(weights, base)
             losses_apart = max(abs(losses[key] - x) / max(abs(x), 1e-6) for key, x in theirs.items())
             yield dict(script=name, accelerate=how, against=against[how], updates=UPDATES, weights_apart=far,
-                       losses_apart=losses_apart, agrees=far <= FAR)  # fmt: skip
-            if not far <= FAR:
+                       losses_apart=losses_apart, agrees=far <= FAR[how])  # fmt: skip
+            if not far <= FAR[how]:
                 yield dict(error=f"{name}: {how} is {far:.2g} apart from {against[how]}")
         except Exception as error:
             yield dict(error=f"{name}, {how}: {one_line(error)}")
