@@ -16,9 +16,9 @@ from common.acceleration import accelerate
 from tests.speed import made
 
 UPDATES = 20
-# The largest difference that is rounding, as a part of what was learned. Where RAdam counts on the GPU it also
-# computes its rectification there, in float32, which cancels in the first steps: that makes 0.9% to 2% with
-# the TD3 family on a CPU (and 0.2% after 100 updates). One update less makes 9% to 27%.
+# The largest difference that is rounding, as a part of what was learned. Where RAdam counts on the GPU it
+# computes its rectification there, in float32, which cancels in the first steps: with the TD3 family on a CPU
+# that makes 0.9% to 2%, and after 100 updates 0.2%. One update less makes 9% to 27%.
 FAR = {"again": 0.001, "capturable": 0.04, "graph": 0.001, "compile": 0.04}
 
 

@@ -10,8 +10,10 @@ from functools import partial
 import pytest
 import torch
 
+from common.acceleration import Graphed
 from tests import agreement, conftest, gpu, speed
 from tests.conftest import ROOT, SCRIPTS, tiny
+from tests.test_emulated_graph import tapes  # noqa: F401
 
 CPU = torch.device("cpu")
 
@@ -183,6 +185,21 @@ def test_ways_that_differ_in_one_update_do_not_agree(name, small, monkeypatch):
     row, error = agreement.compare(name, CPU)
     assert row["weights_apart"] > 2 * max(agreement.FAR.values()) and not row["agrees"]
     assert f"{name}: again is" in error["error"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_graph_agrees_with_plain_functions_that_count_alike(name, small, tapes, monkeypatch):  # noqa: F811
+    """With the emulated graph."""
+
+    def accelerate(function, how, device, optimizers):
+        for optimizer in optimizers if how == "graph" else ():
+            optimizer.param_groups[0]["capturable"] = True
+        return Graphed(function) if how == "graph" else function
+
+    monkeypatch.setattr(agreement, "accelerate", accelerate)
+    plain, graph = (agreement.learned(name, how, CPU) for how in ("capturable", "graph"))
+    assert agreement.apart(graph[0], plain[0]) == 0 and graph[1] == plain[1]
+    assert min(tape.replays for tape in tapes) > 2
 
 
 def test_a_way_that_fails_is_said_and_the_others_are_compared(small, monkeypatch):
