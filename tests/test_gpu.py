@@ -79,16 +79,20 @@ def test_training_is_stopped_in_time_and_saved(tmp_path, monkeypatch):
 # --- what goes wrong ----------------------------------------------------------------------------------------
 @pytest.fixture
 def play(monkeypatch):
-    """A function that puts lines of Python in the place of the program that each part runs."""
+    """A function that puts lines of Python in the place of the program that each part runs, and returns the
+    list of what would have been run."""
+    asked = []
 
     def put(**programs):
         def started(words, out, err, folder):
+            asked.append(words)
             part = words[words.index("--part") + 1] if "--part" in words else "training"
             with open(out, "ab") as out, open(err, "ab") as err:
                 program = [sys.executable, "-c", programs.get(part, "")]
                 return subprocess.Popen(program, stdout=out, stderr=err, start_new_session=True)
 
         monkeypatch.setattr(gpu, "started", started)
+        return asked
 
     return put
 
@@ -117,6 +121,20 @@ def test_a_part_that_fails_is_noted_and_the_next_one_runs(tmp_path, play, capsys
     (seen,) = found["speed"]["rows"]
     assert list(seen) == ["device", "minutes", "card", "tests", "agreement"]
     assert all(seen[part] == found[part] for part in ("card", "tests", "agreement"))
+
+
+@pytest.mark.parametrize("agrees, how", [(True, "graph"), (False, "none")])
+def test_what_is_asked_of_a_gpu(agrees, how, tmp_path, play):
+    row = dict(script="mage_td3", accelerate="graph", agrees=agrees)
+    asked = play(agreement=f"import json; print(json.dumps({row}))")
+    assert gpu.Measurement("cuda", 9, tmp_path).all()
+    parts = [(words[-2], words[-1]) for words in asked[:-1]]
+    assert parts[:2] == [("card", ""), ("tests", "")] and parts[2:6] == [("agreement", n) for n in SCRIPTS]
+    ways = [("speed", f"{name}:{ways}") for ways in ("none graph", "compile") for name in SCRIPTS]
+    assert parts[6:] == ways  # what may take all the time comes last
+    *_, device, flag, value, _, _ = asked[-1]
+    assert (device, flag, value) == ("cuda", "--accelerate", how)
+    assert asked[-1][:7] == "common.benchmark --scripts mage_td3 --env-ids HalfCheetah-v4 --seeds 4".split()
 
 
 def test_a_part_that_hangs_is_stopped_and_what_it_found_is_kept(tmp_path, play):
