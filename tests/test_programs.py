@@ -20,7 +20,8 @@ PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local"}  # wha
 # They change files, or are run by a test of their own, or are this.
 NOT_HERE = ("-m pytest", "-m tests.test_", "-m tests.gpu", "tests/record_pusher.py", "-O",
             "experiments.mage_gradients")  # fmt: skip
-LOOKS = ("cheetah_on_its_back", "pusher_at_its_limits", "final_critics")  # programs that look at a run
+# Programs that look at a run.
+LOOKS = ("cheetah_on_its_back", "pusher_at_its_limits", "final_critics", "values_of_critics")
 SOURCES = ["README.md", "tests/README.md", "tests/reference/README.md", *(f"{name}.py" for name in SCRIPTS)]
 SOURCES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "common").rglob("*.py"))
 SOURCES += ["tests/speed.py", *(f"tests/{name}.py" for name in LOOKS)]
@@ -63,14 +64,14 @@ def small(argv):
     name = argv[1] if argv[0] == "-m" else argv[0]
     argv = [PLACES.get(word, word) for word in argv]
     robot = "runs/HalfCheetah-v4/maac_sac/seed-0"
-    runs = {"cheetah_on_its_back": robot, "true_derivatives": robot,
+    runs = {"cheetah_on_its_back": robot, "true_derivatives": robot, "values_of_critics": robot,
             "pusher_at_its_limits": "runs/Pusher-v4/mage_td3/seed-0"}  # fmt: skip
     run = runs.get(name.rpartition(".")[2], "runs/Pendulum-v1/maac_sac/seed-0")
     argv = [run if word in ("RUN", "RUN_FOLDER", "RUN_FOLDERS") else word for word in argv]
     if name.removeprefix("tests.") in LOOKS:
-        last = "runs/Pendulum-v1/mage_td3/seed-0" if name.endswith("critics") else run
+        last = "runs/Pendulum-v1/mage_td3/seed-0" if name.endswith("final_critics") else run
         return argv[:2] + [last]
-    script = name.removesuffix(".py")
+    script = "mage_td3" if name.endswith("mage_in_mujoco") else name.removesuffix(".py")
     if script in SCRIPTS:
         return argv + words({field: value for field, value in TINY.items() if field in fields(script)})
     if name == "common.benchmark":

@@ -302,7 +302,8 @@ def test_the_readmes_link_to_files_and_headings_that_exist():
     assert links > 20
 
 
-TOOLS_OF_TESTS = ("cheetah_on_its_back", "final_critics", "pusher_at_its_limits", "record_pusher", "speed")
+TOOLS_OF_TESTS = ("cheetah_on_its_back", "final_critics", "pusher_at_its_limits", "record_pusher", "speed",
+                  "values_of_critics")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TOOLS_OF_TESTS)

@@ -6,6 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers import TransformReward
 
 import mage_td3
 from common import BadInput
@@ -34,6 +35,7 @@ from common.experiments.true_derivatives import (
     target_rows,
 )
 from tests.conftest import SCRIPTS, checkpoint, tiny, train
+from tests.values_of_critics import look
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]
 
@@ -374,3 +376,15 @@ def test_mage_learns_in_the_world(tmp_path):
         mage_td3.train(args)  # the script itself has this world no longer
     with pytest.raises(BadInput, match="does not show its whole state"):
         World("Pusher-v4")
+
+
+@pytest.mark.parametrize("name", ["mage_td3", "maac_sac"])
+def test_a_critic_that_says_what_is_earned_is_found_to_be_right(folders, name, monkeypatch):
+    """Every step pays 2: the discounted return is 2 / (1 - gamma), but for the time limit far away."""
+    agent = Agent(folders[name, "HalfCheetah-v4"])
+    agent.gamma, agent.env = 0.9, TransformReward(agent.env, lambda reward: 2.0)
+    monkeypatch.setattr(agent, "critic", lambda obs, action: torch.tensor([[20.0], [21.0]]))
+    found = look(agent, episodes=1)
+    assert found["q"] == 20 and found["reward"] == 2 and found["discounted"] == pytest.approx(20, rel=1e-4)
+    assert (agent.alpha is None) == np.isnan(found["entropy"]) == (name == "mage_td3")
+    assert abs(found["imagined"]) < 20

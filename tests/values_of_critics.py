@@ -1,9 +1,9 @@
-"""Does the critic of a run on a robot say what its policy earns? python -m tests.values_of_critics RUN_FOLDER...
+"""Does a critic on a robot say what its policy earns? python -m tests.values_of_critics RUN_FOLDERS
 
-Of the policy's own episodes, as it acts when it learns but without a TD3's exploration noise: the mean of the
-smaller critic's value in their first half, the discounted rewards that followed there, and the reward of a
-step, with what the model says of it (mean over members). For maac_sac.py also the temperature, and the entropy
-of the policy where it goes, which its critic counts beside the rewards.
+The policy acts as it does when it learns, but without the exploration noise of a TD3. Compared are, along its
+episodes, the mean value of the smaller critic in their first half, and the discounted rewards that followed
+there; and the reward of a step, and what the model says of it (mean over members). For maac_sac.py there are
+also the temperature and the entropy of the policy where it goes, whose product its critic counts as a reward.
 """
 
 import sys
@@ -62,7 +62,8 @@ def main(folders):
         found = look(agent)
         cells = [f"{found[name]:.3g}" for name in ("q", "discounted", "reward", "imagined")]
         cells += [f"{agent.alpha:.2g}", f"{found['entropy']:.1f}"] if agent.alpha is not None else ["", ""]
-        print("| " + " | ".join([agent.name, str(agent.step), *(c if c != "nan" else "" for c in cells)]) + " |")
+        cells = [agent.name, str(agent.step), *("" if cell == "nan" else cell for cell in cells)]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
