@@ -51,11 +51,11 @@ OURS = ("--env-id", "--seed", "--run-dir", "--resume", "--no-resume")  # a sweep
 
 @dataclass
 class Args:
-    scripts: list[str]  # td3, dyna_td3, mage_td3, maac_sac or your own beside them
-    env_ids: list[str]  # environments
-    seeds: int = 5  # seeds 0 ... N - 1
-    workers: int | None = None  # runs at a time here (default: the cores we may use / --threads, 4 on a GPU)
-    ray: str | None = None  # address of a Ray cluster, or "local"; it decides how many runs go at a time
+    scripts: list[str]  # Name td3, dyna_td3, mage_td3, maac_sac, or your own beside them.
+    env_ids: list[str]  # Every script runs on each of these environments.
+    seeds: int = 5  # Each of them has this many seeds, from 0 on.
+    workers: int | None = None  # So many runs go at a time, by default one a core, or four on a GPU.
+    ray: str | None = None  # The runs go to the Ray cluster at this address; "local" starts one here.
 
 
 @dataclass
@@ -260,7 +260,7 @@ def on_ray(jobs, address):
 def main(argv):
     """Runs the sweep; returns the exit code: 0, 1 if a run failed, or 128 + the signal that stopped it."""
     split = argv.index("--") if "--" in argv else len(argv)
-    args = tyro.cli(Args, prog="python -m common.benchmark", args=argv[:split])
+    args = tyro.cli(Args, prog="python -m common.benchmark", description=__doc__, args=argv[:split])
     jobs = plan(args, flags=argv[split + 1 :])
     todo = [job for job in jobs if not finished(job, on_cluster=args.ray is not None)]
     before, signals = len(jobs) - len(todo), []

@@ -157,12 +157,12 @@ def _begin_to_draw(env_id, seed):
 
 @dataclass
 class Args:
-    run_dir: tyro.conf.Positional[str]  # a run's folder
-    episodes: int = 10  # from starts that the run's own evaluations did not use
-    max_steps: int = MAX_STEPS  # where an episode is cut
-    best: bool = False  # the policy of the run's best evaluation, not its last one
-    video: Path | None = None  # a GIF file for the first of them
-    plan: bool = False  # search with the model too, where the algorithm can
+    run_dir: tyro.conf.Positional[str]  # This is the folder of a run.
+    episodes: int = 10  # So many episodes are run, from starts that the run's own evaluations never had.
+    max_steps: int = MAX_STEPS  # An episode is cut after this many steps.
+    best: bool = False  # The policy of the best evaluation is taken, and not the last one.
+    video: Path | None = None  # The first episode is filmed into this GIF file.
+    plan: bool = False  # The policy also searches with its model, where the algorithm can.
 
 
 def load_script(run_dir):
@@ -211,4 +211,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.evaluate"))
+        main(tyro.cli(Args, prog="python -m common.evaluate", description=__doc__))

@@ -34,16 +34,16 @@ STYLES, MARKERS = ["-", (0, (4, 1)), (0, (1, 1))], "osD^v<>PX*"
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[list[str]]  # folders or CSV files
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"  # the figure
-    column: str = "return_mean"  # of eval.csv; gradient_cosine and others where the true dynamics are known
-    log: bool = False  # a logarithmic axis for it
-    statistic: Literal["mean", "median"] = "mean"  # over seeds; MAGE's figure 8 has the median
-    smooth: int = 1  # evaluations in a running mean; 25 in MAGE's figures
-    time: bool = False  # against wall-clock minutes, not environment steps
-    published: bool = True  # with the published curves that there are
-    apart: bool = False  # a panel for each of RUNS, not for each environment
-    last_step: int | None = None  # cut the curves there
+    runs: tyro.conf.Positional[list[str]]  # These are folders with runs in them, or CSV files.
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"  # The figure goes here.
+    column: str = "return_mean"  # This column of eval.csv is drawn, such as gradient_cosine.
+    log: bool = False  # The axis of that column is logarithmic.
+    statistic: Literal["mean", "median"] = "mean"  # Seeds are combined so; MAGE's figure 8 has the median.
+    smooth: int = 1  # Each point is the mean of the last so many evaluations; MAGE's figures have 25.
+    time: bool = False  # The other axis has minutes, in the place of environment steps.
+    published: bool = True  # Published curves are drawn beside ours, where there are any.
+    apart: bool = False  # Each of RUNS has a panel of its own, in the place of each environment.
+    last_step: int | None = None  # The curves are cut after this step.
 
 
 def printable(text):
@@ -128,4 +128,4 @@ def main(args):
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal has not
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.plot"))
+        main(tyro.cli(Args, prog="python -m common.plot", description=__doc__))

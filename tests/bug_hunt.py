@@ -241,8 +241,8 @@ def difference(bug):
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m tests.bug_hunt", description=__doc__.split("\n")[0])
-    parser.add_argument("number", type=int, nargs="?", help=f"of a bug, 1 to {len(BUGS)}")
-    parser.add_argument("file", type=Path, nargs="?", help="where the copy with the bug goes")
+    parser.add_argument("number", type=int, nargs="?", help=f"number of the bug, 1 to {len(BUGS)}")
+    parser.add_argument("file", type=Path, nargs="?", help="new file that the copy with the bug goes into")
     parser.add_argument("--hint", action="store_true", help="say where to look")
     parser.add_argument("--answer", action="store_true", help="show the lines that differ, and why")
     args = parser.parse_args(argv)

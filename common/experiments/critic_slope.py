@@ -45,11 +45,12 @@ TRUTH, ALONE, MAGE, TD3 = "#222222", "#D55E00", "#0072B2", "#6b6b6b"  # told apa
 
 @dataclass
 class Args:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("critic_slope.png")  # the figure
-    study: Path = STUDY  # what the third panel shows
-    seed: int = 0  # of the critics' first weights and of the states
-    critics: int = 6  # in each of the two sets
-    steps: int = 1500  # of gradient descent
+    # The figure goes here, and its curves into a CSV file beside it.
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("critic_slope.png")
+    study: Path = STUDY  # The third panel shows what this file has.
+    seed: int = 0  # This seeds the critics' first weights and the states.
+    critics: int = 6  # Each of the two sets has this many critics.
+    steps: int = 1500  # Each critic takes this many steps of gradient descent.
 
 
 # --- what is learned ----------------------------------------------------------------------------------------
@@ -181,4 +182,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.experiments.critic_slope"))
+        main(tyro.cli(Args, prog="python -m common.experiments.critic_slope", description=__doc__))

@@ -55,12 +55,13 @@ PANELS = {
 
 @dataclass
 class Args:
-    seeds: int = 5  # seeds 0 ... N - 1: of the data, the networks and all noise
-    gamma: float = 0.9  # discount, that of the authors' code
-    steps: int = 125  # transitions to learn from, as many as in the authors' code
-    critic_updates: int = 10_000  # of the critic
-    horizon: int = 60  # the longest; H goes from 0 to it
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "maac_horizon.png"  # the figure
+    seeds: int = 5  # Data, networks and noise are drawn with each of this many seeds, from 0 on.
+    gamma: float = 0.9  # This is the discount factor, the authors' one.
+    steps: int = 125  # The model learns from this many transitions, as in the authors' code.
+    critic_updates: int = 10_000  # The critic is updated this many times.
+    horizon: int = 60  # This is the longest horizon; H goes from 0 to it.
+    # The figure goes here.
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "maac_horizon.png"
 
 
 # --- what is exact ---
@@ -247,4 +248,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.experiments.maac_horizon"))
+        main(tyro.cli(Args, prog="python -m common.experiments.maac_horizon", description=__doc__))

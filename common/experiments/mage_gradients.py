@@ -59,11 +59,12 @@ COLUMNS = ("step", "gradient_cosine", "gradient_error", "gradient_l1", "gradient
 
 @dataclass
 class Args:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("mage_gradients.png")  # the figure
-    seeds: int = 4  # of each run
-    steps: int = 800  # environment steps with learning, after 200 without
-    preset: Literal["paper", "laptop"] = "laptop"  # of the scripts
-    workers: int | None = None  # runs at a time (default: that of common.benchmark)
+    # The figure goes here.
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("mage_gradients.png")
+    seeds: int = 4  # Each run is made with this many seeds.
+    steps: int = 800  # A run learns for this many environment steps, after 200 without learning.
+    preset: Literal["paper", "laptop"] = "laptop"  # The scripts run with this preset.
+    workers: int | None = None  # So many runs go at a time, by default as many as in a sweep.
 
 
 def make_runs(args):
@@ -200,4 +201,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.experiments.mage_gradients"))
+        main(tyro.cli(Args, prog="python -m common.experiments.mage_gradients", description=__doc__))

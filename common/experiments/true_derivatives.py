@@ -61,12 +61,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b6b6b", "#E69F00")
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("true_derivatives.png")  # the figure
-    states: int = 256  # of new episodes, and as many replayed ones
-    every: int = 15  # steps between two states of an episode
-    horizon: int = 20  # the longest; H goes from 0 to it
-    starts: int = 64  # states in which trajectories start, among those of new episodes
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # These are the folders of runs.
+    # The figure goes here.
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("true_derivatives.png")
+    states: int = 256  # This many states of new episodes are measured, and as many replayed ones.
+    every: int = 15  # Two states of an episode are this many steps apart.
+    horizon: int = 20  # This is the longest horizon; H goes from 0 to it.
+    starts: int = 64  # Trajectories start in this many of the states of new episodes.
 
 
 # --- what is compared: rows {column: value} of the table ----------------------------------------------------
@@ -280,4 +281,4 @@ def main(args):
 
 if __name__ == "__main__":
     with one_sentence():
-        main(tyro.cli(Args, prog="python -m common.experiments.true_derivatives"))
+        main(tyro.cli(Args, prog="python -m common.experiments.true_derivatives", description=__doc__))
