@@ -191,10 +191,19 @@ def test_optimisers_count_on_the_gpu_only_where_it_helps(how, device, there, mon
 
 @GPU
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_graph_gives_the_numbers_of_the_plain_run(name, tmp_path):
+def test_a_graph_gives_the_numbers_of_the_plain_run(name, tmp_path, monkeypatch):
+    """Of one whose optimisers count on the GPU as well: RAdam rounds otherwise where they count on the CPU,
+    by up to 2% of what is learned in the first updates (tests/agreement.py)."""
+
+    def plain(function, how, device, optimizers):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["capturable"] = True
+        return function
+
     changes = dict(device="cuda", total_timesteps=60)
-    runs = (train(name, tmp_path / how, accelerate=how, **changes) for how in ("none", "graph"))
-    one, two = map(checkpoint, runs)
+    two = checkpoint(train(name, tmp_path / "graph", accelerate="graph", **changes))
+    monkeypatch.setattr(script(name), "accelerate", plain)
+    one = checkpoint(train(name, tmp_path / "none", accelerate="none", **changes))
     for network in ("actor", "critic", "critic_target"):
         for key, value in one[network].items():
             torch.testing.assert_close(two[network][key], value, rtol=1e-3, atol=1e-4)
