@@ -17,7 +17,7 @@ FOLDERS = {  # the runs that the table of a script is about
 }
 FLAGS = {  # with which they were made
     "td3_10_updates": "--updates-per-step 10",
-    "maac_no_steve": "--learning-starts 5000 --no-steve",
+    "maac_no_steve": "--no-steve",
 }
 
 
