@@ -115,7 +115,7 @@ class Args:
     """With --preset laptop a run takes this long on a busy core, and its last evaluation returns:
 
     - Pendulum-v1, 3,000 steps: 3 to 4 minutes, -701 to -108 (5 seeds)
-    - HalfCheetah-v4, 10,000 steps: 41 to 44 minutes, 1554 to 1746 (2 seeds)
+    - HalfCheetah-v4, 10,000 steps: 41 to 89 minutes, 1554 to 2228 (3 seeds)
     - Pusher-v4, 10,000 steps: 92 minutes, -42 (1 seed)
 
     Four seeds of the pendulum end above -150. The paper preset takes a core more than a day and a half on

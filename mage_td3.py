@@ -140,7 +140,7 @@ class Args:
     """With --preset laptop a run takes this long on a busy core, and its last evaluation returns:
 
     - Pendulum-v1, 3,000 steps: 4 to 5 minutes, -136 to -109 (5 seeds)
-    - HalfCheetah-v4, 10,000 steps: 55 to 58 minutes, 1929 to 2051 (2 seeds)
+    - HalfCheetah-v4, 10,000 steps: 55 to 89 minutes, 1929 to 4940 (3 seeds)
     - Pusher-v4, 10,000 steps: 75 minutes, -47 (1 seed)
 
     A later revision ended once at -813 on the pendulum. The paper preset takes a core more than two days on

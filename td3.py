@@ -84,7 +84,7 @@ class Args:
 
     - Pendulum-v1, 3,000 steps: 1 to 2 minutes, -132 to -110 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 11 to 19 minutes, 9 to 922 (3 seeds)
-    - Pusher-v4, 10,000 steps: 16 minutes, -199 (1 seed)
+    - Pusher-v4, 10,000 steps: 15 to 16 minutes, -199 to -158 (2 seeds)
 
     The paper preset takes a core an hour and a half on HalfCheetah-v4, with one update a step. What it
     returns after its 100,000 steps is not known, as no such run has been taken to its end.
