@@ -5,9 +5,9 @@
 It trains mage_td3.py, whose flags it takes, with `--oracle-dynamics`. The next state is the simulator's, and
 its derivative by the action is had by central differences (mujoco_derivatives.py), a pair of steps for each
 number of an action and each row of a batch. This is Eq. 5 in the place of Eq. 6: no bias is left, and the
-difference to a run with a learned model is what that model costs. It is slow, as the simulator takes about
-0.2 s for the 256 rows of one update, so give few updates and small batches, and the same to the run that it
-is compared with.
+difference to a run with a learned model is what that model costs. It is slow, as the simulator takes half a
+second on a busy core for the 256 rows of one update, so give few updates and small batches, and the same to
+the run that it is compared with.
 
 The robot must show its whole state (HalfCheetah, Hopper, Walker2d, Swimmer, InvertedPendulum). Its place on
 the track is no part of that, and the contact solver starts anew in every state.
