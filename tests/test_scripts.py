@@ -302,6 +302,13 @@ def test_the_readmes_link_to_files_and_headings_that_exist():
     assert links > 20
 
 
+def test_no_line_of_a_paragraph_begins_like_a_list():
+    """Our lists have hyphens and small numbers; "* log_prob" or "8000." at the start of a line is text."""
+    for path in READMES:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert not re.findall(r"^(?:[*+] |\d\d+\. ).*$", text, re.MULTILINE), path
+
+
 TOOLS_OF_TESTS = ("cheetah_on_its_back", "final_critics", "pusher_at_its_limits", "record_pusher", "speed",
                   "values_of_critics")  # fmt: skip
 
