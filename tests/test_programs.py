@@ -16,7 +16,8 @@ from tests.conftest import ROOT, SCRIPTS, fields, train, words
 from tests.conftest import TINY as SIZES
 
 TINY = {name: value for name, value in SIZES.items() if name != "env_id"} | {"eval_max_steps": 20}
-PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local"}  # what a reader fills in
+# What a reader fills in.
+PLACES = {"ENV": "Pendulum-v1", "N": "0", "L": "0.2", "ADDRESS": "local", "mine": "dyna_td3"}
 # They change files, or are run by a test of their own, or are this.
 NOT_HERE = ("-m pytest", "-m tests.test_", "-m tests.gpu", "tests/record_pusher.py", "-O",
             "experiments.mage_gradients")  # fmt: skip

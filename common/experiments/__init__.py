@@ -7,5 +7,7 @@ from importlib.util import find_spec
 def needs(*scripts):
     """Ends a program that somebody has copied without the scripts that it imports."""
     if missing := [f"{script}.py" for script in scripts if find_spec(script) is None]:
-        print(f"error: this experiment needs {' and '.join(missing)} beside common/.", file=sys.stderr)
+        *first, last = missing
+        names = f"{', '.join(first)} and {last}" if first else last
+        print(f"error: this experiment needs {names} beside common/.", file=sys.stderr)
         sys.exit(2)
