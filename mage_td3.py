@@ -49,8 +49,8 @@ Of the loss:
   written for r(s, a) and has ∂r/∂a alone. Where ŝ is terminal nothing beyond the reward counts.
 - [ours] The target's gradient ∇ₐy holds no parameter that is trained, so it is taken once and detached, and
   only ∇ₐQ is differentiated a second time, for all critics at once. Value and gradient of the loss are those
-  of Eq. 8, and the update, in which each member also imagines a share only, is 13.9 times as fast as Eq. 8
-  written as it reads (tests/transcription.py).
+  of Eq. 8, and the update, in which each member also imagines a share only, is about 15 times as fast as
+  Eq. 8 written as it reads (tests/transcription.py).
 - [ours] MAGE-DDPG as above has no noise on the target's action, as DDPG has none. Their DDPG keeps the noise
   of 0.2 (leave out `--target-noise 0` to have it), halves the loss of its one critic, which makes it 2.5
   times ours, and gives that critic PyTorch's usual first weights.

@@ -255,9 +255,22 @@ def learning(device, turns, ways, accelerated):
         print(f"{name:20} {numbers} {other / (learn[name] + other):6.1%} {size:10.0f}")
     critic = {how: found["mage_td3", how, "critic"] for how in ("naive", *ways)}
     print()
+    if device.type == "cpu":
+        print(f"where MAGE's critic update spends its time: {where(jobs['mage_td3', 'none', 'critic'])}")
     for how in ways:
         print(f"MAGE's critic update, naive / {how}: {critic['naive'] / critic[how]:.1f}")
     print(f"MAGE / Dyna-TD3, learning in an environment step: {learn['mage_td3'] / learn['dyna_td3']:.2f}")
+
+
+def where(job):
+    """The ten operations that take most of a job's time on the CPU -> text, with their shares."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(5):
+            job()
+    found = profile.key_averages()
+    total = sum(x.self_cpu_time_total for x in found)
+    first = sorted(found, key=lambda x: -x.self_cpu_time_total)[:10]
+    return ", ".join(f"{x.key.removeprefix('aten::')} {x.self_cpu_time_total / total:.0%}" for x in first)
 
 
 def rows(names, ways, device):
