@@ -19,8 +19,8 @@ In the paper, and in this file:
     π̄, Q̄ (a bar)              actor_target, critic_target      σ, σ̄    --exploration-noise, --target-noise
     𝓑                         buffer                           τ       --tau; the 0.995 of D.2 is 1 - τ
 
-Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
-of the members of the ensemble, M the rows of a batch for one of them; n is any number of rows.
+Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics,
+K that of the members of the ensemble, M the rows of a batch for one of them; n is any number of rows.
 
 Read td3.py first. Only these blocks differ: the section "model" (`Dynamics`, `RewardModel`) and `model_loss`
 are new, `train_model` fits the ensemble every 25 steps, and `update` imagines its batch where td3.py replays
@@ -31,9 +31,12 @@ it is usually written; [authors' code] is the code published with that paper, wh
 says something else; [ours] is neither. "Theirs" is the published code.
 
 Of actor and critic:
-- [paper] Networks have swish units, a batch has 1024 rows, the optimiser is RAdam with a learning rate of
-  1e-4, the critic's loss is a Huber loss, and learning starts after 1000 steps (D.2). On the pendulum and the
-  cart-pole these are 512 rows, 100 steps, actors of 128 units and models of two layers of 128.
+- [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
+  Huber loss, and learning starts after 1000 steps (D.2). On the pendulum and the cart-pole a batch has 512
+  rows, learning starts after 100 steps, the actor's layers have 128 units, and the model has two layers of
+  128.
+- [authors' code] Actor and critic have swish units; D.2 names these for the model and the learned reward
+  only.
 - [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
   and its target wait for every second one (Algorithm 2).
 - [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. Actor and critic
@@ -41,6 +44,8 @@ Of actor and critic:
   model's too, of which the paper says nothing.
 - [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
   the action that is rewarded.
+- [authors' code] The target has the factor 1 - terminated, since nothing is earned after a terminal state. No
+  equation of the paper prints it.
 - [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
   more. Theirs has room for the whole run, which is the same up to a million steps; for the three million
   steps of B.5 give --buffer-size 3000000.
@@ -80,7 +85,9 @@ Of the reward:
   optimiser. Theirs sees the raw action and, by a slip, s normalised a second time in the place of s'; it has
   epochs of its own, and its error counts in the unit of the reward.
 
-python dyna_td3.py --env-id Pendulum-v1 --preset laptop  # -108 to -143, one seed of five -701; 4 minutes
+This run takes 4 minutes. Four seeds of five ended with returns between -143 and -108, and one at -701:
+
+python dyna_td3.py --env-id Pendulum-v1 --preset laptop
 
 Try this:
 - Look at the last line of eval.csv. In five such runs ∇ₐQ was 2.4 to 7.2 long (`gradient_norm`) where the
@@ -116,9 +123,10 @@ class Args:
 
     - Pendulum-v1, 3,000 steps: 3 to 4 minutes, -701 to -108 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 41 to 89 minutes, 1554 to 2228 (3 seeds)
+      with --accelerate compile
     - Pusher-v4, 10,000 steps: 92 minutes, -42 (1 seed)
 
-    Four seeds of the pendulum end above -150. The paper preset takes a core more than a day and a half on
+    Four seeds of the pendulum end above -150. The paper preset takes a core about a day and a half on
     HalfCheetah-v4. What it returns after its 100,000 steps is not known, as no such run has been taken to its
     end.
     """
@@ -127,7 +135,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes or smaller ones, see above.
+    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -191,14 +199,15 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
-        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
-        # squared deviations from it. The networks read mean and std, which are the same in float32.
+        # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
+        # of their squared deviations from it. The networks read mean, std and scale, which follow from them
+        # and are kept in float32; scale is std, but 1 where a dimension is constant.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -210,7 +219,9 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
-        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
+        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
+        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
@@ -288,12 +299,14 @@ class Dynamics(nn.Module):
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
     def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
-        # The rows were drawn independently. Sending the k-th share of them through member k is therefore as
-        # good as drawing a member for each row, and costs one K-th of asking every member about every row.
+        # The k-th of K equal shares of the rows goes through member k, so n must be a multiple of K. With
+        # rows in random order this is as good as drawing a member for each row, and it costs one K-th of
+        # asking every member about every row.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
         mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
-        # The noise comes from outside (it is reparameterised), so the sample is differentiable by s and a:
-        # ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, with the change s' - s back in the units of the environment.
+        # The noise ξ comes from outside (the reparameterisation trick), so that the sample can be
+        # differentiated with respect to s and a. μₖ and σₖ are of the normalised change, and `inverse` brings
+        # μₖ(s, a) + σₖ(s, a) ξ back to the units of the environment, where ŝ is s and this change.
         delta = mean + (logvar / 2).exp() * noise_k  # (K, n/K, ds)
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
@@ -353,7 +366,11 @@ def huber(x):
 
 
 def model_loss(model, obs, action, next_obs):
-    """Twice the negative log-likelihood of (K, M, .) without constants, and mean squared error   Eq. 9."""
+    """The model's loss and its mean squared error, two scalars   (Eq. 9).
+
+    The loss is twice the negative log-likelihood without constants, and a mean over the ds dimensions where a
+    likelihood has their sum. obs and next_obs are (K, M, ds), action is (K, M, da).
+    """
     # The model predicts the change of the state, in standard deviations of such changes.
     target = model.delta_norm(next_obs - obs)  # (K, M, ds): M rows for each member
     mean, logvar = model(obs, action)  # (K, M, ds)
@@ -364,8 +381,9 @@ def model_loss(model, obs, action, next_obs):
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
     """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
-    # The noise smooths the target over actions near that of the target actor, which is then less easily
-    # fooled by a narrow peak of Q̄. A terminal state is worth nothing; that is no matter of truncation.
+    # An actor seeks out the actions that its critic overrates, so the smaller of the target critics counts.
+    # The noise spreads the target over actions near π̄(s'), so that a narrow peak of Q̄ does not decide it. A
+    # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
     # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
@@ -373,15 +391,16 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
 
 
 def td_loss(critic, obs, action, y):
-    """Huber loss of the TD error   Eq. 3."""
+    """Huber loss of the TD error, a scalar, for obs (B, ds), action (B, da) and y (B,)   (Eq. 3)."""
     # δᵢ = y - Qᵢ(s, a), a row for each critic. The target y is a constant here.   (Eq. 3)
     return huber(y - critic(obs, action))  # of (N, B)
 
 
 def actor_loss(actor, critic, obs):
-    """-min_i Q_i(s, pi(s)), mean over the batch   Algorithm 2 (the TD3 paper takes Q_1)."""
-    # The gradient reaches the actor through the action alone: ∇θ J = ∇ₐQ ∇θ π. That is why a critic's slope
-    # matters more to its actor than its value does.   (Eq. 4)
+    """-min_i Q_i(s, pi(s)), a mean over obs (B, ds)   (Algorithm 2; the TD3 paper takes Q_1)."""
+    # The actor climbs minᵢ Qᵢ(s, π(s))   (Eq. 4, with the minimum of Algorithm 2). The gradient reaches it
+    # through the action alone: ∇θ J = E[∇ₐQ ∇θ π], up to a constant factor   (Eq. 1). That is why the slope
+    # of a critic matters more to its actor than its value does.
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
@@ -466,13 +485,14 @@ def train(args: Args) -> float:
         return log
 
     def update(with_actor):
-        """One update of the critics on new imagined transitions, and if asked of the actor."""
-        # Of what was replayed only the states count: in each of them the present actor acts.
+        """One update of the critics on new imagined transitions and, with_actor, one of the actor."""
+        # Only the states of the replayed transitions are used: in each of them the current actor chooses an
+        # action, and the model answers it.
         obs = buffer.sample(args.batch_size)[0]  # (B, ds)
         with torch.no_grad():
             action = actor(obs)  # (B, da)
-        # All noise is drawn before the target is computed, and stays the same however often that happens, so
-        # that the target is one function of the action.
+        # The noise is drawn here and not inside `step_target`. However often `step_target` is called in this
+        # update, it is then the same function of the action, which MAGE can differentiate.
         model_noise = torch.randn_like(obs)
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
 
@@ -497,8 +517,8 @@ def train(args: Args) -> float:
 
     how = (args.accelerate, device, [actor_opt, critic_opt, model_opt, reward_opt])
     train_model, update = accelerate(train_model, *how), accelerate(update, *how)
-    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
-    # for bit.
+    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
+    # run goes on bit for bit.
     state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
                  model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
@@ -514,8 +534,8 @@ def train(args: Args) -> float:
             else:
                 action = actor(torch.as_tensor(obs[None], device=device))[0]
                 action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
-            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
-            # finite.
+            # On a GPU every transfer makes the CPU wait, so one transfer brings the action together with all
+            # numbers that were recorded since the last one. If one of them is not finite, the run ends.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---

@@ -16,14 +16,15 @@ Equations; the paper does not number them:
 
 In the paper, and in this file:
     s, a, r         obs, action, reward             H                     --horizon
-    π_θ, Q_ψ, Q̄     actor, critic, critic_target    G₁                    the epochs of fit_model
-    f_φ, M members  model, --ensemble-size          G₂                    --updates-per-step, for each step
+    π_θ, Q_ψ, Q̄     actor, critic, critic_target    G₁                    the gradient steps of fit_model
+    f_φ, M members  model, --ensemble-size (here K) G₂                    --updates-per-step, for each step
     β               alpha, exp(log_alpha)           trajectories from ŝ₀  --num-samples
     D_env, D_model  real, imagined                  𝒯 of Algorithm 1      --rollouts, --rollout-length
 
-Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics, K that
-of the members, M the rows of a batch for one of them, H the horizon of the function at hand, S the number of
-trajectories from a state, C that of a search's candidates, E that of its elites; n is any number of rows.
+Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics,
+K that of the members, M the rows of a batch for one of them, H the horizon of the function at hand, S the
+number of trajectories from a state, C that of a search's candidates, E that of its elites; n is any number of
+rows.
 
 One script, four algorithms:
     SAC:  --horizon 0 --no-steve --real-ratio 1      MBPO: --horizon 0 --no-steve
@@ -81,8 +82,9 @@ Of the data:
 - [ours] Each row is as the environment gave it. In theirs the last of 1001 rows has s in the place of s'.
 
 Of the model:
-- [authors' code] Each member is judged on a fifth of the rows, a fifth of its own, and never trained on it:
-  this is the bootstrap. [ours] It is judged on at most 2000 of them, for speed.
+- [authors' code] Each member is trained on four fifths of the rows and judged on the other fifth, which is
+  drawn for each member separately. This makes the members differ; the bootstrap that the paper names would
+  draw rows with replacement. [ours] A member is judged on at most 2000 rows, for speed.
 - [ours] A member is done after 5 epochs, and 100 gradient steps, in which its held-out loss fell by less than
   0.01, and gets back the weights of its best epoch, however small their gain. With epochs alone a fit of few
   rows ends almost untrained, and its noise ruins the critic. Theirs stops when a moving average of that loss
@@ -106,7 +108,9 @@ Of planning (`python -m common.evaluate RUN --plan`, table 1):
 - [ours] The action is the tanh of the last mean; theirs is that mean itself, clipped. Our search is bounded
   by the tanh alone; theirs also keeps candidates and deviations within [-1, 1] before it.
 
-python maac_sac.py --env-id Pendulum-v1 --preset laptop  # -109 to -145 at 3000 steps; 4 minutes
+This run takes 4 minutes, and five seeds ended with returns between -145 and -109:
+
+python maac_sac.py --env-id Pendulum-v1 --preset laptop
 
 Try this:
 - Give `--horizon 0`: the actor no longer looks through the model. Five seeds reach -200 at steps 1750, 2500,
@@ -142,7 +146,7 @@ class Args:
 
     - Pendulum-v1, 3,000 steps: 3 to 19 minutes, -145 to -109 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 24 to 112 minutes, -263 to 2177 (3 seeds)
-      with --no-steve (with STEVE an update takes 2.7 times as long)
+      with --no-steve (with STEVE an update takes 2.8 times as long)
 
     The longest times are those of runs beside much other work. The paper preset takes a core more than a day
     on HalfCheetah-v4. What it returns after its 100,000 steps is not known, as no such run has been taken to
@@ -153,7 +157,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes or smaller ones, see above.
+    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -183,7 +187,7 @@ class Args:
     actor_hidden: int = 256  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 256  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
-    target_entropy: float | None = None  # The entropy is held near this, by default minus the action's size.
+    target_entropy: float | None = None  # The entropy is held near this; by default it is -da.
     # --- MAAC ---
     horizon: int = 4  # This is H, the number of model steps in the actor's objective.
     num_samples: int = 5  # The actor's objective is the mean over this many trajectories from each state.
@@ -198,8 +202,9 @@ class Args:
 
 
 # The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
-# core needs minutes for classic control and about an hour for a robot. A robot has the paper's 5000 random
-# steps: of HalfCheetah-v4 MAAC learns more in the other 5000 than it does in 9000 after 1000 random ones.
+# core needs minutes for classic control and about an hour for a robot. A robot keeps the authors' 5000 random
+# steps. On HalfCheetah-v4 two of three seeds ended above the one run that had 1000 (2177 and 1391, without
+# STEVE, against 1131 with it), and the third failed.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, rollouts=10_000, num_samples=1)
 LAPTOP_CLASSIC = dict(
     total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, model_buffer_size=20_000,
@@ -224,14 +229,15 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
-        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
-        # squared deviations from it. The networks read mean and std, which are the same in float32.
+        # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
+        # of their squared deviations from it. The networks read mean, std and scale, which follow from them
+        # and are kept in float32; scale is std, but 1 where a dimension is constant.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -243,7 +249,9 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
-        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
+        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
+        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
@@ -336,12 +344,14 @@ class Dynamics(nn.Module):
         return mean, LOGVAR[0] + (LOGVAR[1] - LOGVAR[0]) * raw.sigmoid()
 
     def sample(self, obs, action, noise):  # (n, ds), (n, da), standard normal (n, ds) -> next_obs (n, ds)
-        # The rows were drawn independently. Sending the k-th share of them through member k is therefore as
-        # good as drawing a member for each row, and costs one K-th of asking every member about every row.
+        # The k-th of K equal shares of the rows goes through member k, so n must be a multiple of K. With
+        # rows in random order this is as good as drawing a member for each row, and it costs one K-th of
+        # asking every member about every row.
         obs_k, action_k, noise_k = (x.unflatten(0, (self.members, -1)) for x in (obs, action, noise))
         mean, logvar = self(obs_k, action_k)  # (K, n/K, ds)
-        # The noise comes from outside (it is reparameterised), so the sample is differentiable by s and a:
-        # ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, with the change s' - s back in the units of the environment.
+        # The noise ξ comes from outside (the reparameterisation trick), so that the sample can be
+        # differentiated with respect to s and a. μₖ and σₖ are of the normalised change, and `inverse` brings
+        # μₖ(s, a) + σₖ(s, a) ξ back to the units of the environment, where ŝ is s and this change.
         delta = mean + (logvar / 2).exp() * noise_k  # (K, n/K, ds)
         return obs + self.delta_norm.inverse(delta.flatten(0, 1))
 
@@ -391,14 +401,21 @@ def extend(buffer, *columns):
 
 # --- model learning -----------------------------------------------------------------------------------------
 def model_losses(model, obs, action, next_obs):
-    """Twice the negative log-likelihood of each member, without constants: (K, M, .) -> (K,)."""
+    """The loss of each member (K,), for obs and next_obs (K, M, ds) and action (K, M, da)   (Sec. 4.3).
+
+    It is twice the negative log-likelihood without constants, and a mean over the ds dimensions where a
+    likelihood has their sum.
+    """
     mean, logvar = model(obs, action)  # (K, M, ds): M rows for each member
     # (Δ - μₖ)² / σₖ² + log σₖ²   (Sec. 4.3)
     return ((mean - model.delta_norm(next_obs - obs)) ** 2 * (-logvar).exp() + logvar).mean((1, 2))
 
 
 class HeldOut(nn.Module):
-    """Which rows judge which member, (rows, K) bool: one of every HELD_OUT in sequence, drawn for each."""
+    """The mask (rows, K), bool, is true where member k is judged on a row and not trained on it.
+
+    Of every HELD_OUT consecutive rows of the buffer, each member is judged on one, which is drawn at random.
+    """
     def __init__(self, rows, members):
         super().__init__()
         pick = torch.randint(HELD_OUT, (-(-rows // HELD_OUT), 1, members))
@@ -409,8 +426,8 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     """Maximum likelihood with early stopping, each member for itself -> held-out losses (K,), epochs.
 
     held_out (capacity, K): the rows that member k is judged on and never trained on, which is also what makes
-    the members differ (the bootstrap). A member without progress for long (PATIENCE) is done; in the end each
-    gets back the weights with which it did best.
+    the members differ. A member without progress for long (PATIENCE) is done; in the end each gets back the
+    weights with which it did best.
     """
     # Each member has rows to train on and rows that judge it; the two never mix, from the first fit to the
     # last.
@@ -443,7 +460,9 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
             descend(optimizer, model_losses(model, obs[rows], action[rows], next_obs[rows]).mean())
         with torch.no_grad():
             losses = model_losses(model, obs[judge], action[judge], next_obs[judge])
-            # The best weights are kept, however small the gain, but only a gain of 0.01 renews the patience.
+            # A member that is done is still trained, since all members share one tensor for each layer, but
+            # its best weights no longer change. For the others the best weights are kept however small the
+            # gain, and only a gain of 0.01 renews the patience.
             better = (losses < lowest) & (stale < patience)  # (K,)
             lowest = torch.where(better, losses, lowest)
             progress = lowest < reached - 0.01  # (K,)
@@ -498,8 +517,9 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
     with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics, to
     which the noise of actions and of the model adds.
     """
-    # A copy of the batch for each member, which answers all the steps of its trajectories. T₀ needs no step
-    # of the model; every further horizon replaces the critic's estimate by one more imagined reward.
+    # Every member gets a copy of the batch and answers all steps of the trajectories that start in its copy.
+    # T₀ needs no step of the model. From one horizon to the next, one more imagined reward is added, and the
+    # target critic is asked one step later.
     obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): K shares
     discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
     targets = []
@@ -526,9 +546,11 @@ def critic_loss(critic, obs, action, y):
 
 
 def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
-    """-J: H imagined rewards, the smaller critic at the end, entropy; and log pi(a_0|s_0) (S B,)   Sec. 4.3.
+    """-J, a scalar to be minimised, and log pi(a_0|s_0) (S B,), for obs (B, ds)   (Sec. 4.3).
 
-    The gradient is pathwise: through policy, model and reward of every step, and through the critic's inputs.
+    J is the sum of H imagined rewards, of the smaller critic's value of where they end, and of the entropy in
+    s_0. Its gradient is pathwise: it runs through policy, model and reward of every step, and through the
+    critic's inputs.
     """
     obs = obs.repeat(samples, 1)  # (S B, ds): several trajectories from each state
     action, first_log_prob = actor.sample(obs)
@@ -546,8 +568,9 @@ def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises alpha while the entropy -log pi is below its target; in alpha itself, not its logarithm."""
-    # -α (log π(a₀ | s₀) + target entropy): its descent raises α where the entropy -log π is below its target.
+    """A scalar, for log_prob (S B,), whose descent raises alpha while the entropy is below its target."""
+    # -α (log π(a₀ | s₀) + target entropy): the entropy is the mean of -log π. This is linear in α and not in
+    # log α, although log α is the parameter that is trained.
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
@@ -564,8 +587,10 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
     for _ in range(horizon):
         m, s = actor.gaussian(state)
         mean.append(m), std.append(s)
-        copies = (x.repeat_interleave(candidates, 0) for x in (state, m.tanh()))  # for all members
-        state = step(*copies)[1][::candidates]  # one copy goes on
+        # A step of the model needs a multiple of K rows, so every state is asked about C times, and the
+        # trajectory goes on from the first of the C answers.
+        copies = (x.repeat_interleave(candidates, 0) for x in (state, m.tanh()))  # of n C rows
+        state = step(*copies)[1][::candidates]  # (n, ds)
     mean, std = torch.stack(mean, 1)[:, None], torch.stack(std, 1)[:, None]  # (n, 1, H, da)
     for _ in range(iterations):
         # Candidates are drawn, imagined, and judged by their rewards and by the critic at their end.
@@ -657,8 +682,9 @@ def train(args: Args) -> float:
     actor_opt, critic_opt, alpha_opt = (adam(net, args.lr) for net in (actor, critic, temperature))
     model_opt = adam(model, args.model_lr)
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
-    # What is learned on one imagined step needs members that change from row to row; a target of STEVE needs
-    # each member to keep its rows, as their disagreement is what weighs the horizons.
+    # The actor and the rollouts send every row through a random member, drawn anew at each step. In a target
+    # of STEVE one member answers a whole trajectory, because the horizons are weighed by how much the members
+    # disagree.
     known = (reward_fn(args.env_id), termination_fn(args.env_id)) if uses_model else (None, None)
     step_shuffled, step_member = (partial(imagine, model, *known, shuffle=s) for s in (True, False))
     # Without STEVE the target is that of SAC: horizon 0, and one member, which is never asked.
@@ -693,8 +719,8 @@ def train(args: Args) -> float:
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt, alpha_opt])
-    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
-    # for bit.
+    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
+    # run goes on bit for bit.
     state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,
                  critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
                  critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt, held_out=held_out)
@@ -709,8 +735,8 @@ def train(args: Args) -> float:
                 action = torch.empty(action_dim, device=device).uniform_(-1, 1)
             else:
                 action = actor.sample(torch.as_tensor(obs[None], device=device))[0][0]
-            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
-            # finite.
+            # On a GPU every transfer makes the CPU wait, so one transfer brings the action together with all
+            # numbers that were recorded since the last one. If one of them is not finite, the run ends.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---

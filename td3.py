@@ -1,9 +1,10 @@
 """TD3 (Fujimoto et al. 2018), as the MAGE paper (D'Oro & Jaskowski 2020) uses it for a baseline.
 
 A critic learns by temporal differences what an action is worth, and an actor climbs the critic's
-action-gradient. The smaller of two critics, noise on the target's action and a delayed actor keep Q from
-growing too large. This is the first rung of a ladder: in dyna_td3.py a learned model makes the data, and in
-mage_td3.py the critic learns the slope of its target as well.
+action-gradient. TD3 guards this pair in three ways: the smaller of two critics keeps Q from growing too
+large, noise on the target's action blurs narrow peaks of Q̄, and an actor that moves less often than its
+critics follows values that have had time to settle. This is the first rung of a ladder: in dyna_td3.py a
+learned model makes the data, and in mage_td3.py the critic learns the slope of its target as well.
 
 Equations, with the numbers of the MAGE paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]:
     y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)  is the target (Algorithm 2)            td_target
@@ -17,7 +18,7 @@ In the paper, and in this file:
     π̄, Q̄ (a bar)  actor_target, critic_target      τ     --tau; the 0.995 of D.2 is 1 - τ
     𝓑             buffer
 
-Shapes: B is the batch, ds the size of an observation, da that of an action, N the number of critics.
+Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics.
 
 Read this script first. The others repeat its text, and their headers name the few blocks in which they
 differ.
@@ -25,10 +26,12 @@ differ.
 Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
 it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
 says something else; [ours] is neither. "Theirs" is the published code.
-- [paper] Networks have swish units, a batch has 1024 rows, the optimiser is RAdam with a learning rate of
-  1e-4, the critic's loss is a Huber loss, and learning starts after 1000 steps (D.2), so that the rungs
-  differ by one idea each. On the pendulum and the cart-pole these are 512 rows, 100 steps and actors of 128
-  units.
+- [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
+  Huber loss, and learning starts after 1000 steps (D.2), so that the rungs differ by one idea each. On the
+  pendulum and the cart-pole a batch has 512 rows, learning starts after 100 steps, and the actor's layers
+  have 128 units.
+- [authors' code] Actor and critic have swish units; D.2 names these for the model and the learned reward
+  only.
 - [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
   and its target wait for every second one (Algorithm 2).
 - [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. All networks see
@@ -36,6 +39,8 @@ says something else; [ours] is neither. "Theirs" is the published code.
   paper says nothing.
 - [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
   the action that is rewarded.
+- [authors' code] The target has the factor 1 - terminated, since nothing is earned after a terminal state. No
+  equation of the paper prints it.
 - [ours] The published code trains on imagined transitions alone and has no command for this baseline, so we
   give it the settings that the code has for MAGE-TD3 and Dyna-TD3. One update for each step is the paper's
   TD3, and ten are its sample-efficient TD3 (section 4.1).
@@ -50,14 +55,16 @@ says something else; [ours] is neither. "Theirs" is the published code.
   result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
   beyond 1e5, notes it in its log, and goes on with the old model and buffer.
 
-python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10  # -110 to -132; 1.5 minutes
+This run takes 1.5 minutes, and five seeds ended with returns between -132 and -110:
+
+python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10
 
 Try this:
 - Leave out `--updates-per-step 10`. With one update for each step none of five seeds learns the pendulum
   within 3000 steps: they end between -1110 and -280, and ten updates between -132 and -110.
-- Replace the pendulum by `--env-id Pusher-v4`. The best evaluation is -43.3, but the run ends at -199.3 after
-  10,000 steps (one seed, 16 minutes): Q rises above what can be earned, so the smaller of two critics is not
-  enough where each is updated ten times a step.
+- Replace the pendulum by `--env-id Pusher-v4`. The best evaluations are -43.3 and -43.9, but the runs end at
+  -199.3 and -158.2 after 10,000 steps (two seeds, 15 and 16 minutes): Q rises above what can be earned, so
+  the smaller of two critics is not enough where each is updated ten times a step.
 """
 
 from dataclasses import dataclass
@@ -86,7 +93,7 @@ class Args:
     - HalfCheetah-v4, 10,000 steps: 11 to 19 minutes, 9 to 922 (3 seeds)
     - Pusher-v4, 10,000 steps: 15 to 16 minutes, -199 to -158 (2 seeds)
 
-    The paper preset takes a core an hour and a half on HalfCheetah-v4, with one update a step. What it
+    The paper preset takes a core about an hour and a half on HalfCheetah-v4, with one update a step. What it
     returns after its 100,000 steps is not known, as no such run has been taken to its end.
     """
 
@@ -94,7 +101,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes or smaller ones, see above.
+    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -142,14 +149,15 @@ class Normaliser(nn.Module):
     """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
     def __init__(self, dim):
         super().__init__()
-        # The moments are three statistics in one tensor: the number of rows, their mean, and the sum of their
-        # squared deviations from it. The networks read mean and std, which are the same in float32.
+        # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
+        # of their squared deviations from it. The networks read mean, std and scale, which follow from them
+        # and are kept in float32; scale is std, but 1 where a dimension is constant.
         self.register_buffer("moments", torch.zeros(1 + 2 * dim, dtype=torch.float64))
         for name, start in dict(mean=0.0, std=1.0, scale=1.0).items():
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Shows it a row. Where x is the change of a quantity, `whole` is the normaliser of that quantity."""
+        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -161,7 +169,9 @@ class Normaliser(nn.Module):
         squares += deviation * (x - mean)
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
-        # A dimension is constant if it varies by no more than the rounding of the quantity that it measures.
+        # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
+        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
+        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
@@ -265,8 +275,9 @@ def huber(x):
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
     """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
-    # The noise smooths the target over actions near that of the target actor, which is then less easily
-    # fooled by a narrow peak of Q̄. A terminal state is worth nothing; that is no matter of truncation.
+    # An actor seeks out the actions that its critic overrates, so the smaller of the target critics counts.
+    # The noise spreads the target over actions near π̄(s'), so that a narrow peak of Q̄ does not decide it. A
+    # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
     # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
@@ -274,15 +285,16 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
 
 
 def td_loss(critic, obs, action, y):
-    """Huber loss of the TD error   Eq. 3."""
+    """Huber loss of the TD error, a scalar, for obs (B, ds), action (B, da) and y (B,)   (Eq. 3)."""
     # δᵢ = y - Qᵢ(s, a), a row for each critic. The target y is a constant here.   (Eq. 3)
     return huber(y - critic(obs, action))  # of (N, B)
 
 
 def actor_loss(actor, critic, obs):
-    """-min_i Q_i(s, pi(s)), mean over the batch   Algorithm 2 (the TD3 paper takes Q_1)."""
-    # The gradient reaches the actor through the action alone: ∇θ J = ∇ₐQ ∇θ π. That is why a critic's slope
-    # matters more to its actor than its value does.   (Eq. 4)
+    """-min_i Q_i(s, pi(s)), a mean over obs (B, ds)   (Algorithm 2; the TD3 paper takes Q_1)."""
+    # The actor climbs minᵢ Qᵢ(s, π(s))   (Eq. 4, with the minimum of Algorithm 2). The gradient reaches it
+    # through the action alone: ∇θ J = E[∇ₐQ ∇θ π], up to a constant factor   (Eq. 1). That is why the slope
+    # of a critic matters more to its actor than its value does.
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
@@ -345,8 +357,9 @@ def train(args: Args) -> float:
     actor_opt, critic_opt = radam(actor, args.lr), radam(critic, args.lr)
 
     def update(with_actor):
-        """One update of the critics on replayed transitions, and if asked of the actor."""
-        # Transitions are replayed as they were, with the action that was taken then.
+        """One update of the critics on replayed transitions and, with_actor, one of the actor."""
+        # Eq. 3 asks for the action π(s) and the state that follows it. A replayed transition has the action
+        # that was taken when it was stored, and only a model could tell where π(s) leads (dyna_td3.py).
         obs, action, reward, next_obs, terminated = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
         with torch.no_grad():
@@ -362,8 +375,8 @@ def train(args: Args) -> float:
         return log
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt])
-    # This is all that a run is. A checkpoint has the state of each part, so that a stopped run goes on bit
-    # for bit.
+    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
+    # run goes on bit for bit.
     state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
                  critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
@@ -378,8 +391,8 @@ def train(args: Args) -> float:
             else:
                 action = actor(torch.as_tensor(obs[None], device=device))[0]
                 action = (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
-            # One transfer brings the action and all numbers recorded so far; the run ends if one is not
-            # finite.
+            # On a GPU every transfer makes the CPU wait, so one transfer brings the action together with all
+            # numbers that were recorded since the last one. If one of them is not finite, the run ends.
             action = run.fetch(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
