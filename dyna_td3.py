@@ -5,9 +5,10 @@ states the current actor acts and the ensemble answers, and ten times for each s
 critic learns from such answers. This is the baseline of the MAGE paper: mage_td3.py makes the same data, and
 asks its critic for the slope of the target as well.
 
-Equations, with the numbers of that paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1):
-    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s   trains member k (Eq. 9); Δ normalised  model_loss
-    ŝ = s + μₖ(s, a) + σₖ(s, a) ξ, a = π(s)          is imagined, k at random (D.2)         sample
+Equations, with the numbers of that paper. ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1); and
+Δ = (s' - s - m) / c is the normalised change of the state, m and c the mean and deviation of such changes:
+    minimise (Δ - μₖ(s, a))² / σₖ(s, a)² + log σₖ²   trains member k (Eq. 9, D.2)           model_loss
+    ŝ = s + m + c (μₖ(s, a) + σₖ(s, a) ξ), a = π(s)  is imagined, k at random (D.2)         sample
     y = r + γ (1 - terminated) minᵢ Q̄ᵢ(ŝ, π̄(ŝ) + ε)  is the target (Algorithm 2)            td_target
     minimise Huber(y - Qᵢ(s, a)), mean over i        trains the critics (Eq. 3)             td_loss
     maximise minᵢ Qᵢ(s, π(s))                        trains the actor (Eq. 4, Algorithm 2)  actor_loss
@@ -26,9 +27,10 @@ Read td3.py first. Only these blocks differ: the section "model" (`Dynamics`, `R
 are new, `train_model` fits the ensemble every 25 steps, and `update` imagines its batch where td3.py replays
 one.
 
-Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
-it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
-says something else; [ours] is neither. "Theirs" is the published code.
+Differences. In places this file departs from TD3 as it is usually written, from the MAGE paper, or from the
+code that was published with it (github.com/nnaisense/MAGE, "theirs" below). A mark says whom the file follows
+there: [paper] is the MAGE paper, where it departs from TD3; [authors' code] is their code, where the paper is
+silent or says something else; [ours] is neither.
 
 Of actor and critic:
 - [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
@@ -49,8 +51,8 @@ Of actor and critic:
 - [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
   more. Theirs has room for the whole run, which is the same up to a million steps; for the three million
   steps of B.5 give --buffer-size 3000000.
-- [ours] The first update follows step 1001 (--learning-starts and one), the first that the actor takes
-  itself. Theirs follows step 1000, so that theirs is ten updates ahead.
+- [ours] The first update follows step 1001 (--learning-starts + 1), the first step whose action the actor
+  chooses. Theirs follows step 1000, so that theirs is ten updates ahead.
 - [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
   result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
   beyond 1e5, notes it in its log, and goes on with the old model and buffer.
@@ -72,7 +74,7 @@ Of the model:
   later.
 - [ours] The last layer of the model, as all layers, begins with uniform Xavier weights. In theirs the last
   layers of the model and of the learned reward have normal ones, of the same variance.
-- [ours] A dimension that varies by no more than the rounding of its own size is taken for constant and
+- [ours] A dimension that varies by no more than the rounding of float32 explains is taken for constant and
   predicted to stay as it is. Theirs gives a deviation below 1e-6 the scale 1, so that the model adds noise of
   0.08 to 0.61, in whatever unit the dimension has, to something that never moves.
 
@@ -220,8 +222,9 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
-        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
+        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
+        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
+        # stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 

@@ -2,17 +2,20 @@
 
 The actor maximises an imagined return: H rewards along a trajectory of an ensemble of models, and then the
 critic's value of where it ends. H trades the error of the model's derivatives for that of the critic's (Lemma
-4.1). The critic learns on imagined data, from targets of several horizons, weighted by how well the members
-of the ensemble agree on them (STEVE, Buckman et al. 2018).
+4.1; tests/reference/README.md shows a gap in its proof). The critic learns on imagined data, from targets of
+several horizons, weighted by how well the members of the ensemble agree on them (STEVE, Buckman et al. 2018).
 
 Equations; the paper does not number them:
-    maximise Σ γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀|s₀), t < H  actor (Sec. 4.3)     actor_loss
-    minimise (y - Qⱼ(s, a))², mean over j                            critics (Sec. 3.1)   critic_loss
-    y = Σ w_h meanₖ minⱼ T_h, w_h ∝ 1 / var T_h over k and j         target (Sec. 4.3)    soft_targets
-    T_h = r + γ [Σ γⁱ (rᵢ - α log πᵢ) + γʰ (Q̄ⱼ - α log π_h)], i < h  from s', member k    soft_targets
-    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s normalised        member k (Sec. 4.3)  fit_model
-    minimise -α (log π(a₀|s₀) + target entropy)                      temperature (SAC)    temperature_loss
-    Q̄ ← τ Q + (1 - τ) Q̄                                              target critics       polyak
+    maximise Σ_{t<H} γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀|s₀)    actor (Sec. 4.3)     actor_loss
+    minimise (y - Qⱼ(s, a))², mean over j                             critics (Sec. 3.1)   critic_loss
+    y = Σ_h w_h meanₖ minⱼ T_hkj, w_h ∝ 1 / var T_hkj over k and j    target (Sec. 4.3)    soft_targets
+    T_hkj = r + γ [Σ_{i<h} γⁱ (rᵢ - α log πᵢ) + γʰ (Q̄ⱼ - α log π_h)]  target of horizon h  soft_targets
+    minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s normalised         member k (Sec. 4.3)  fit_model
+    minimise -α (log π(a₀|s₀) + target entropy)                       temperature (SAC)    temperature_loss
+    Q̄ ← τ Q + (1 - τ) Q̄                                               target critics       polyak
+
+For T_hkj member k imagines h steps from s', which is s₀ there; πᵢ is π(aᵢ|sᵢ), and Q̄ⱼ is asked about s_h and
+a_h. The variance is averaged over the batch, and nothing is added after a terminal state.
 
 In the paper, and in this file:
     s, a, r         obs, action, reward             H                     --horizon
@@ -33,10 +36,10 @@ One script, four algorithms:
 Read dyna_td3.py first. Normaliser, layers, critic, model and buffer are its text; actor, losses, the fit of
 the model and its data are new.
 
-Differences. A mark says whom this file follows there: [paper] is the paper; [authors' code] is the branch
-vioichigo of github.com/iclavera/meta-mb, where the paper is silent or says something else; [ours] is neither.
-"Theirs" is that code. The paper has no table of settings: all defaults that no line below speaks of are those
-of the code.
+Differences. In places this file departs from the paper, or from its authors' code, which is the branch
+vioichigo of github.com/iclavera/meta-mb ("theirs" below). A mark says whom the file follows there: [paper] is
+the paper; [authors' code] is their code, where the paper is silent or says something else; [ours] is neither.
+The paper has no table of settings: all defaults that no line below speaks of are those of their code.
 
 Of the actor's objective:
 - [authors' code] H is 4 (2 on Walker2d), five samples are taken, and a random member answers for each row at
@@ -93,7 +96,7 @@ Of the model:
   given up. Theirs keeps them from fit to fit.
 - [ours] One normaliser of observations serves model, actor and critic and follows every step. In theirs each
   member has its own, of the rows that it trains on, computed at each fit.
-- [ours] A dimension that varies by no more than the rounding of its own size is taken for constant and
+- [ours] A dimension that varies by no more than the rounding of float32 explains is taken for constant and
   predicted to stay as it is; theirs is divided by its standard deviation, however small.
 - [ours] The bounds of the log-variance, -10 and 0.5, are fixed; in theirs they are learned, starting there,
   and their distance costs something in the loss.
@@ -250,8 +253,9 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
-        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
+        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
+        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
+        # stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
@@ -307,10 +311,10 @@ class Actor(nn.Module):
         mean, std = self.gaussian(obs)
         noise = torch.randn_like(mean)
         u = mean + std * noise
-        # log N(u; μ, σ) comes from the noise itself, as u - μ would lose its digits where σ is small.
+        # log N(u; μ, σ) comes from the noise itself, as u - μ would lose precision where σ is small.
         log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
         # The density of tanh(u) is that of u divided by the slope of tanh: log π = log N - Σ log(1 -
-        # tanh(u)²). This form of log(1 - tanh(u)²) does not lose its digits where tanh is flat.
+        # tanh(u)²). This form of log(1 - tanh(u)²) does not lose precision where tanh is flat.
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), (log_prob - log_slope).sum(-1)
 
@@ -468,7 +472,7 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
             progress = lowest < reached - 0.01  # (K,)
             reached, stale = torch.where(progress, lowest, reached), torch.where(progress, 0, stale + 1)
             best = [torch.where(better[:, None, None], p, b) for p, b in zip(parameters, best, strict=True)]
-        # A loss that is not finite is handed back, and the run stops with a sentence about it.
+        # A loss that is not finite is handed back, and the run stops with a message about it.
         if not losses.isfinite().all():
             return losses, epochs
         if (stale >= patience).all():
@@ -481,8 +485,9 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
 def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
     """One step of the model: (n, ds), (n, da) -> reward (n,), next_obs (n, ds), terminated (n,).
 
-    Share k of the rows goes through member k. With shuffle the shares are drawn anew each step (PETS' TS1);
-    without it a row that stays in its place stays with its member.
+    Share k of the rows goes through member k. With shuffle the shares are drawn anew at each step, so that a
+    trajectory wanders between members (Chua et al. 2018 call this TS1); without it a row that stays in its
+    place stays with its member.
     """
     noise = torch.randn_like(obs)
     if shuffle:
@@ -496,7 +501,11 @@ def imagine(model, reward_of, terminated_at, obs, action, shuffle=True):
 
 @torch.no_grad()
 def imagine_data(actor, step, source, target, n, length):
-    """Trajectories of the actor in the model from n states of D_env go to D_model; ended ones start anew."""
+    """Trajectories of the actor in the model, from n states of D_env, go to D_model.
+
+    `step(obs, action)` is one step of the model, as `imagine` takes it. Where a trajectory has ended, a new
+    one begins in its place.
+    """
     # Algorithm 1, line 7: 𝒯 imagined trajectories begin in states of D_env, and what they meet goes to
     # D_model.
     obs = source.sample(n)[0]
@@ -512,16 +521,17 @@ def imagine_data(actor, step, source, target, n, length):
 def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated, gamma, horizon, members):
     """TD target (B,), and the weights (H + 1,) of the horizons 0 ... H in it; here H is --steve-horizon.
 
-    T_h = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)] from
-    s_0 = s', nothing after termination, for every member of the model and target critic j. Horizon 0
-    with one member is SAC's target; STEVE weighs the horizons by 1 / variance over members and critics, to
-    which the noise of actions and of the model adds.
+    T_hkj = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)]
+    begins in s_0 = s', for member k of the model and target critic j; after a terminal state nothing is
+    added. Horizon 0 with one member is SAC's target. STEVE weighs the horizons by 1 / variance over members
+    and critics, to which the noise of actions and of the model adds. `step(obs, action)` is one step of the
+    model, and returns reward (n,), next_obs (n, ds) and terminated (n,).
     """
     # Every member gets a copy of the batch and answers all steps of the trajectories that start in its copy.
     # T₀ needs no step of the model. From one horizon to the next, one more imagined reward is added, and the
     # target critic is asked one step later.
     obs, total = next_obs.repeat(members, 1), reward.repeat(members)  # (K B, ds), (K B,): K shares
-    discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(i + 1) and still going
+    discount = gamma * (~terminated).float().repeat(members)  # (K B,): gamma^(h + 1), 0 after the end
     targets = []
     for h in range(horizon + 1):
         action, log_prob = actor.sample(obs)
@@ -530,12 +540,12 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
             reward, next_obs, terminated = step(obs, action)
             total = total + discount * (reward - alpha * log_prob)
             obs, discount = next_obs, gamma * discount * ~terminated
-    # Where members and critics disagree about a horizon, its target counts less: w_h ∝ 1 / var T_h.
+    # Where members and critics disagree about a horizon, its target counts less: w_h ∝ 1 / var T_hkj.
     targets = torch.stack(targets).unflatten(-1, (members, -1))  # (H + 1, N, K, B)
     variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,) pooled: two critics are few for each row
     weights = (variance + 1e-8).reciprocal()
     weights = weights / weights.sum()
-    # y = Σ w_h meanₖ minⱼ T_h
+    # y = Σ_h w_h meanₖ minⱼ T_hkj   (Sec. 4.3)
     return weights @ targets.min(1).values.mean(1), weights  # the smaller critic, mean over members
 
 
@@ -550,7 +560,7 @@ def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
 
     J is the sum of H imagined rewards, of the smaller critic's value of where they end, and of the entropy in
     s_0. Its gradient is pathwise: it runs through policy, model and reward of every step, and through the
-    critic's inputs.
+    critic's inputs. `step(obs, action)` is one step of the model, as in soft_targets.
     """
     obs = obs.repeat(samples, 1)  # (S B, ds): several trajectories from each state
     action, first_log_prob = actor.sample(obs)
@@ -576,10 +586,12 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iterations=5, elites=26):
-    """Cross-entropy search for actions (n, da) in states (n, ds), from the policy's distribution; terminal Q.
+    """A cross-entropy search with the model for actions (n, da) in states (n, ds)   (Table 1).
 
-    Searches before the tanh. Mean and variance start as the policy's along an imagined trajectory and move to
-    those of the best candidates, by 0.9; the first action of the last mean is taken   (Table 1).
+    It looks for actions before the tanh, and the critic values the state after the last of them. Mean and
+    variance begin as the policy's along an imagined trajectory, and after each round nine tenths of the way
+    to those of the best candidates are gone. The first action of the last mean is taken. `step(obs, action)`
+    is one step of the model, as in soft_targets.
     """
     # The search begins with the policy's own actions along a trajectory that the model imagines.
     mean, std, state = [], [], obs
@@ -649,7 +661,10 @@ def networks(args, obs_dim, action_dim):
 
 
 def load_policy(run_dir, plan=False):
-    """The policy of a run without noise: float32 arrays (n, ds) -> (n, da). plan: searches with the model."""
+    """The policy of a run without noise: float32 arrays (n, ds) -> (n, da).
+
+    With `plan` the policy searches for its actions with the model (plan_action).
+    """
     args, state = load_run(run_dir, Args)
     env = make_env(args.env_id)
     actor, critic, _, model = networks(args, env.observation_space.shape[0], env.action_space.shape[0])

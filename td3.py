@@ -1,10 +1,11 @@
 """TD3 (Fujimoto et al. 2018), as the MAGE paper (D'Oro & Jaskowski 2020) uses it for a baseline.
 
-A critic learns by temporal differences what an action is worth, and an actor climbs the critic's
-action-gradient. TD3 guards this pair in three ways: the smaller of two critics keeps Q from growing too
-large, noise on the target's action blurs narrow peaks of Q̄, and an actor that moves less often than its
-critics follows values that have had time to settle. This is the first rung of a ladder: in dyna_td3.py a
-learned model makes the data, and in mage_td3.py the critic learns the slope of its target as well.
+A critic learns by temporal differences what an action is worth, and an actor climbs this value along its
+action-gradient ∇ₐQ, the gradient of the critic with respect to the action. TD3 guards this pair in three
+ways: the smaller of two critics is to keep Q from growing too large, noise on the target's action blurs
+narrow peaks of Q̄, and an actor that moves less often than its critics follows values that have had time to
+settle. This is the first rung of a ladder: in dyna_td3.py a learned model makes the data, and in mage_td3.py
+the critic learns the slope of its target as well.
 
 Equations, with the numbers of the MAGE paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]:
     y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)  is the target (Algorithm 2)            td_target
@@ -23,9 +24,10 @@ Shapes: B is the batch, ds the dimension of an observation, da that of an action
 Read this script first. The others repeat its text, and their headers name the few blocks in which they
 differ.
 
-Differences. A mark says whom this file follows there: [paper] is the MAGE paper, where it departs from TD3 as
-it is usually written; [authors' code] is the code published with that paper, where the paper is silent or
-says something else; [ours] is neither. "Theirs" is the published code.
+Differences. In places this file departs from TD3 as it is usually written, from the MAGE paper, or from the
+code that was published with it (github.com/nnaisense/MAGE, "theirs" below). A mark says whom the file follows
+there: [paper] is the MAGE paper, where it departs from TD3; [authors' code] is their code, where the paper is
+silent or says something else; [ours] is neither.
 - [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
   Huber loss, and learning starts after 1000 steps (D.2), so that the rungs differ by one idea each. On the
   pendulum and the cart-pole a batch has 512 rows, learning starts after 100 steps, and the actor's layers
@@ -47,10 +49,10 @@ says something else; [ours] is neither. "Theirs" is the published code.
 - [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
   more. Theirs has room for the whole run, which is the same up to a million steps; give a longer run a larger
   --buffer-size.
-- [ours] The first update follows step 1001 (--learning-starts and one), the first that the actor takes
-  itself. Theirs follows step 1000, one step earlier.
+- [ours] The first update follows step 1001 (--learning-starts + 1), the first step whose action the actor
+  chooses. Theirs follows step 1000, one step earlier.
 - [ours] A dimension of the observation is taken for constant, and only shifted, if it varies by no more than
-  the rounding of its own size; in theirs, if its deviation is below 1e-6 in whatever unit it has.
+  the rounding of float32 explains; in theirs, if its deviation is below 1e-6 in whatever unit it has.
 - [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
   result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
   beyond 1e5, notes it in its log, and goes on with the old model and buffer.
@@ -170,8 +172,9 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if it varies by no more than a millionth of the mean of the quantity that is stored, and a
-        # hundred-thousandth of its deviation: this much may be rounding. Of a change s' - s, s is stored.
+        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
+        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
+        # stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
