@@ -74,8 +74,8 @@ class Graphed:
 
 
 def value_and_gradient(f, x, create_graph=False):
-    """f(x), (..., B), and the gradient of its sum by x, in the only form that torch.compile can differentiate
-    once more."""
+    """f(x), (..., B), and the gradient of its sum with respect to x, in the only form that torch.compile can
+    differentiate once more."""
     gradient, out = torch.func.grad(lambda x: ((out := f(x)).sum(), out), has_aux=True)(x)
     return out, gradient if create_graph else gradient.detach()
 

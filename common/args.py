@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +27,14 @@ LIMITS = {  # what a number must lie between, ends included; any other: finite a
                      "model_layers", "model_train_every", "reward_hidden", "reward_layers",
                      "num_samples", "rollouts", "rollout_length", "model_buffer_size"), (1, INF)),
 }  # fmt: skip
+
+
+MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device", "threads",
+              "accelerate", "eval_every", "eval_episodes", "eval_max_steps")  # on resume  # fmt: skip
+# These cost memory, so that a smaller one may help where there is too little of it.
+MEMORY = ("buffer_size", "model_buffer_size", "rollouts", "batch_size", "num_samples", "horizon",
+          "num_critics", "ensemble_size", "actor_hidden", "critic_hidden", "model_hidden", "model_layers",
+          "reward_hidden", "reward_layers", "eval_episodes")  # fmt: skip
 
 
 def parse_args(Args, presets, argv=None):
@@ -50,6 +60,23 @@ def parse_args(Args, presets, argv=None):
 
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+def changed(saved, settings, Args):
+    """The settings that a saved run has otherwise, {name: (then, now)}, but for those that may change.
+
+    A flag that the script has got since the run began was at its default.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(Args)}
+    old, new = (json.loads(json.dumps(x)) for x in (defaults | saved, settings))  # a tuple is a list there
+    pairs = {name: (old.get(name), new.get(name)) for name in old | new if name not in MAY_CHANGE}
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def stop_signals():
+    """The signals that end a program in good order; without SIGHUP under nohup, which ignores it."""
+    lost = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    return [signal.SIGINT, signal.SIGTERM, *lost]
 
 
 def check(args):
@@ -133,11 +160,11 @@ def main(train, Args, presets):
             args = parse_args(Args, presets)
             train(args)
         except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
-            known = "out of memory|not enough memory|can't allocate memory"
+            known = "out of memory|not enough memory|can't allocate memory|size calculation overflowed"
             if isinstance(error, Fault) or not re.search(known, str(error)):
                 raise
-            fields = dataclasses.fields(Args)
-            sizes = {f.name: f.default for f in fields if type(f.default) is int and f.default > 1}
+            # The one to blame is the one that was raised most above its default.
+            sizes = {f.name: max(f.default, 1) for f in dataclasses.fields(Args) if f.name in MEMORY}
             most = max(sizes, key=lambda name: getattr(args, name) / sizes[name])
             most = most if getattr(args, most) > sizes[most] else "buffer_size"
             fault = f"too little memory for {flag(most)} {getattr(args, most)}"

@@ -17,7 +17,6 @@ cluster has a GPU when the sweep starts.
 
 import importlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -35,10 +34,9 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, say
-from common.args import check, flag, one_sentence, parse_args
+from common.args import MAY_CHANGE, changed, check, flag, one_sentence, parse_args, stop_signals
 from common.envs import make_env
-from common.files import newest, run_folder
-from common.run import MAY_CHANGE
+from common.files import newest, read_run, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")
@@ -94,6 +92,9 @@ def plan(args, flags):
     for module, env_id, seed in itertools.product(modules, args.env_ids, range(args.seeds)):
         argv, script = ["--env-id", env_id, "--seed", str(seed), *flags], module.__name__
         chosen = parse_args(module.Args, module.PRESETS, argv)
+        if ":" in chosen.device:
+            raise BadInput(f"--device {chosen.device} after --: give cuda; a sweep spreads its runs over the "
+                           "GPUs that CUDA_VISIBLE_DEVICES names, or over all.")  # fmt: skip
         # Another machine may have the GPU that is missing here.
         check(chosen if args.ray in (None, "local") else replace(chosen, device="auto"))
         folder = run_folder(chosen, script)
@@ -117,15 +118,14 @@ def check_that_it_travels(env_id):
 
 def finished(job, on_cluster):
     """Whether a run has come to its end. BadInput if its folder holds another one."""
-    path = Path(job.folder, "args.json")
-    if not path.exists():
+    if not Path(job.folder, "args.json").exists():
         return False
-    run = json.loads(path.read_text())
-    old, new = run["args"], json.loads(json.dumps(job.settings))  # a tuple is a list there
-    names = [n for n in old | new if n not in MAY_CHANGE and old.get(n) != new.get(n)]
-    if names:
-        changed = ", ".join(map(flag, names))
-        raise BadInput(f"{job.folder} holds a run with other settings ({changed}): give another --exp-name.")
+    run, script = read_run(job.folder), f"{job.script}.py"
+    if run["script"] != script:
+        raise BadInput(f"{job.folder} holds a run of {run['script']}, not {script}: give another --exp-name.")
+    if others := changed(run["args"], job.settings, importlib.import_module(job.script).Args):
+        names = ", ".join(map(flag, others))
+        raise BadInput(f"{job.folder} holds a run with other settings ({names}): give another --exp-name.")
     done = run["step"] >= job.settings["total_timesteps"]
     if on_cluster and not done and newest(job.folder):
         raise BadInput(f"{job.folder} holds a run of this machine: finish it without --ray.")
@@ -162,6 +162,10 @@ def at_a_time(jobs):
 def start(job, folder, log, gpu=None):
     """Starts a job's script, its run in `folder`: -> its process, and where in the log its output begins."""
     command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv, "--run-dir", folder, "--resume"]
+    # On resume a flag that is not given is as the run has it. This sweep may have planned something else.
+    given = {*OURS, "--exp-name", *(word.split("=")[0].replace("_", "-") for word in job.argv)}
+    for name in [name for name in MAY_CHANGE if name in job.settings and flag(name) not in given]:
+        command += [flag(name), str(job.settings[name])]
     # The check found the modules of environments in the current folder too: `python -m` looks there.
     path = filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])
     own = {"OMP_NUM_THREADS": str(job.settings["threads"]), "PYTHONPATH": os.pathsep.join(path)}
@@ -194,9 +198,7 @@ def elsewhere(job):
 def on_this_machine(jobs, workers, signals):
     """Yields (job, why it failed or None) as they end. Signals go to the list, and to the runs as SIGTERM."""
     waiting, running, passed_on, devices = list(jobs), {}, 0, gpus(jobs)
-    hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
-    numbers = [signal.SIGINT, signal.SIGTERM, *hup]
-    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
+    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in stop_signals()}
     try:
         while running or (waiting and not signals):
             while waiting and len(running) < workers and not signals:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from common import BadInput, say
-from common.run import MAY_CHANGE
+from common.args import MAY_CHANGE
+from common.evaluate import half_width
 
 PUBLISHED = Path(__file__).parent.parent / "tests/reference/published_curves.csv"
-STUDENT = [np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # 97.5%, by degrees of freedom
 
 
 def find(paths):
@@ -151,8 +151,7 @@ def centre_and_interval(values, statistic):
         parts = np.array_split(values, -(-values.size // 1000), 1)  # all at once would be gigabytes
         bounds = [np.quantile(np.median(part[draws], 1), [0.025, 0.975], 0) for part in parts]
         return np.median(values, 0), np.hstack(bounds)
-    t = STUDENT[n - 1] if n <= len(STUDENT) else 1.96 + 2.4 / (n - 1)
-    half = t * values.std(0, ddof=1) / np.sqrt(n)
+    half = half_width(values)
     return mean, np.stack([mean - half, mean + half])
 
 

@@ -101,7 +101,7 @@ def _clip(action, space):
 
 def call(env_id, method, *args, **kwargs):
     """What an environment's reset or step returns. Fault if it raises, for it is somebody's code, where all
-    may happen, or if the observation is not what was promised."""
+    may happen, if the observation is not what was promised, or if the reward is no finite number."""
     try:
         obs, *rest = method(*args, **kwargs)
     except Exception as error:
@@ -110,6 +110,11 @@ def call(env_id, method, *args, **kwargs):
         raise Fault(f"an observation of {env_id} has shape {obs.shape}, not what its space says")
     if not np.isfinite(obs).all():
         raise Fault(f"the observation of {env_id} is not finite")
+    if len(rest) > 1:  # a step, and not a reset
+        if np.shape(rest[0]):
+            raise Fault(f"the reward of {env_id} has shape {np.shape(rest[0])}, it is not a number")
+        if not np.isfinite(np.float64(rest[0])):  # None is NaN there
+            raise Fault(f"the reward of {env_id}, {rest[0]}, is not a finite number")
     return obs, *rest
 
 
@@ -194,10 +199,6 @@ class ReplayableEnv(gym.Wrapper):
         if self._length <= self.LONGEST:
             self._actions.append(action)
         self.obs, reward, *rest = call(self.spec.id, self.env.step, action)
-        if np.shape(reward):
-            raise Fault(f"the reward of {self.spec.id} has shape {np.shape(reward)}, it is not a number")
-        if not np.isfinite(reward):
-            raise Fault(f"the reward of {self.spec.id}, {reward}, is not a finite number")
         if self._left > 0:
             self._compare(before, action, reward, rest[0])
         return self.obs, reward, *rest
@@ -210,7 +211,8 @@ class ReplayableEnv(gym.Wrapper):
             names = {name.rpartition(":")[2]: function for name, function in known.items()}  # module:id
             function = names.get(self.spec.id)
             told = function(*inputs) if function else torch.tensor([truth])
-            if told.shape != (1,) or abs(float(told) - truth) > 1e-3 * max(1.0, abs(truth)):
+            near = told.shape == (1,) and abs(float(told) - truth) <= 1e-3 * max(1.0, abs(truth))
+            if not near:  # nor is NaN
                 name, says = function.__name__, f"{told.tolist()} for one row"
                 raise Fault(f"{name} of common/rewards.py says {says}, where {self.spec.id} gives {truth}")
 

@@ -17,24 +17,29 @@ import torch
 from common import BadInput
 
 
+def bare(env_id):
+    """The id that Gymnasium registers: "mine:Point-v0", where `mine` is a module, is "Point-v0"."""
+    return str(env_id).rpartition(":")[2]
+
+
 def reward_fn(env_id):
     """The reward of `env_id`: reward(obs, action, next_obs) -> (...). Raises BadInput if it is not known."""
-    if env_id not in REWARDS:
+    if not (function := REWARDS.get(env_id) or REWARDS.get(bare(env_id))):
         raise BadInput(
             f"the reward of --env-id {env_id!r} is unknown: add a reward_fn to REWARDS in common/rewards.py "
             "(or give --learned-reward, where the script has it) and a termination_fn to TERMINATIONS there."
         )
-    return REWARDS[env_id]
+    return function
 
 
 def termination_fn(env_id):
     """When an episode of `env_id` ends: terminated(next_obs) -> (...) bool. Raises BadInput if not known."""
-    if env_id not in TERMINATIONS:
+    if not (function := TERMINATIONS.get(env_id) or TERMINATIONS.get(bare(env_id))):
         raise BadInput(
             f"when --env-id {env_id!r} terminates is not known: add a termination_fn to TERMINATIONS in "
             "common/rewards.py, and a reward_fn to REWARDS there unless --learned-reward is given."
         )
-    return TERMINATIONS[env_id]
+    return function
 
 
 # --- building blocks ---

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 from common import BadInput, Fault, files, say
-from common.args import flag
+from common.args import changed, flag, stop_signals
 from common.evaluate import as_policy, evaluate
 from common.forecast import Forecast
 from common.true_gradients import gradient_quality
 
 EVAL_SEED = 10_000  # evaluations start from EVAL_SEED + seed + episode, training from seed
-MAY_CHANGE = ("resume", "total_timesteps", "checkpoint_every", "run_dir", "exp_name", "device", "threads",
-              "accelerate", "eval_every", "eval_episodes", "eval_max_steps")  # on resume  # fmt: skip
 # What of a Run is in its checkpoint, beside the state that it was given.
 SAVED = ("step", "last_return", "best_return", "sums", "counts", "tables", "starts")
 
@@ -86,8 +84,7 @@ class Run:
         self.bar = tqdm(total=self.args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
         at_the_end(self.bar.close)
         if threading.current_thread() is threading.main_thread():  # no other one may handle signals
-            hup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # ignored: nohup
-            for number in (signal.SIGINT, signal.SIGTERM, *hup):
+            for number in stop_signals():
                 at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
         self.write_args()  # the last thing: a start that fails leaves no run behind
         self.started = self.saved = self.logged = time.monotonic()
@@ -124,7 +121,8 @@ class Run:
         if self.stop:
             os._exit(128 + number)
         self.stop = number
-        os.write(2, b"\nstopping: this step ends, the run is saved; a second signal stops it now, unsaved\n")
+        with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+            os.write(2, b"\nstopping: this step ends and the run is saved; a second signal ends it unsaved\n")
 
     def steps(self):
         """The numbers of the steps to come. Between two of them: log, checkpoint, orderly stop, forecast."""
@@ -243,17 +241,17 @@ class Run:
                            "wrote it: use the one that args.json names, or another --run-dir.")  # fmt: skip
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
-        old, new = whole["args"], dataclasses.asdict(self.args)
-        if whole["script"] == self.script:  # a flag that it has got since then was at its default
-            old = {f.name: f.default for f in dataclasses.fields(self.args)} | old
-        names = [name for name in old | new if old.get(name) != new.get(name) and name not in MAY_CHANGE]
-        if changed := ", ".join(f"{flag(name)} {old.get(name)} is now {new.get(name)}" for name in names):
-            raise BadInput(f"--resume: {self.folder} was started with other settings ({changed}).")
+        if whole["script"] != self.script:
+            raise BadInput(f"--resume: {self.folder} is a run of {whole['script']}: use that script, or give "
+                           "another --run-dir.")  # fmt: skip
+        others = changed(whole["args"], dataclasses.asdict(self.args), self.args)
+        if differ := ", ".join(f"{flag(name)} {then} is now {now}" for name, (then, now) in others.items()):
+            raise BadInput(f"--resume: {self.folder} was started with other settings ({differ}).")
         starts = whole["starts"][-1], files.provenance()
         then, now = (start["versions"] | {"revision": start["revision"]} for start in starts)
         names = [name for name in now if now[name] != then.get(name)]
-        if changed := ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names):
-            say(f"--resume: {changed}; from here on the numbers may be others.")
+        if differ := ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names):
+            say(f"--resume: {differ}; from here on the numbers may be others.")
         with files.loading(path):
             for name, part in self.state.items():
                 if isinstance(part, torch.optim.Optimizer):  # --accelerate decides where steps are counted

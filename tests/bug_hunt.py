@@ -148,7 +148,7 @@ BUGS = [
         "mage_td3",
         "The gradient term falls as it should, and the critic's slope is as wrong as a slope can be. How "
         "long is the sum of a vector and its opposite?",
-        "Write down the gradient of δ = y - Q by the action.",
+        "Write down the gradient of δ = y - Q with respect to the action.",
         "grad_y - grad_q",
         "grad_y + grad_q",
         "∇δ = ∇y - ∇Q. With a plus the loss is smallest where the critic's slope is minus the target's.",

@@ -1,6 +1,7 @@
 """Sweeps: every run is its own process, what is done is skipped, what fails is said."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from filelock import FileLock
 
 import common.benchmark
 from common import BadInput
+from common.args import parse_args
 from common.benchmark import Job, finished, main, on_this_machine, why_failed
-from tests.conftest import ROOT, checkpoint, tiny, train
+from tests.conftest import ROOT, checkpoint, script, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
 SWEEP = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "ContinuousCartPole-v1", "--seeds", "2"]
@@ -63,8 +65,50 @@ def test_a_longer_sweep_goes_on_and_other_settings_are_refused():
 def test_a_finished_run_of_another_script_is_not_taken_for_this_one():
     train("mage_td3", "runs/Pendulum-v1/x/seed-0", total_timesteps=0, exp_name="x")
     flags = [*tiny("dyna_td3", total_timesteps=0)[2:], "--exp-name", "x"]
-    with pytest.raises(BadInput, match="--lam"):
+    with pytest.raises(BadInput, match="a run of mage_td3.py, not dyna_td3.py: give another --exp-name"):
         main(["--scripts", "dyna_td3", "--env-ids", "Pendulum-v1", "--seeds", "1", "--", *flags])
+    told = json.loads(Path("runs/Pendulum-v1/x/seed-0/args.json").read_text())
+    with pytest.raises(BadInput, match="a run of mage_td3.py, not mine.py"):  # whose settings are the same
+        finished(Job("mine", [], "runs/Pendulum-v1/x/seed-0", told["args"]), on_cluster=False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"script": "td3.py", "step": 0}', '{"args": {}, "step": 0}'])
+def test_a_damaged_run_is_named(text):
+    Path("run").mkdir()
+    Path("run/args.json").write_text(text)
+    with pytest.raises(BadInput, match="args.json is damaged: .* --exp-name"):
+        finished(Job("td3", [], "run", {}), on_cluster=False)
+
+
+def test_a_flag_that_a_script_has_got_since_then_was_at_its_default():
+    train("td3", "run", total_timesteps=0)
+    told = json.loads(Path("run/args.json").read_text())
+    settings = told["args"].copy()
+    default = next(f.default for f in dataclasses.fields(script("td3").Args) if f.name == "gamma")
+    assert told["args"].pop("gamma") == default
+    Path("run/args.json").write_text(json.dumps(told))
+    assert finished(Job("td3", [], "run", settings), on_cluster=False)
+    with pytest.raises(BadInput, match=r"other settings \(--gamma\)"):
+        finished(Job("td3", [], "run", settings | {"gamma": 0.5}), on_cluster=False)
+
+
+def test_a_sweep_gives_a_run_all_that_it_has_planned():
+    """What it does not say on the command line would come from the run's folder, of an earlier sweep."""
+    folder, argv = "runs/Pendulum-v1/td3/seed-0", tiny("td3")
+    argv = [word for i, word in enumerate(argv) if "--total-timesteps" not in argv[max(i - 1, 0) : i + 1]]
+    for total in (20, 40):
+        told = parse_args(script("td3").Args, script("td3").PRESETS, [*argv, "--total-timesteps", str(total)])
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        job = Job("td3", argv, folder, dataclasses.asdict(told))
+        process, begin = common.benchmark.start(job, folder, "log")
+        assert why_failed(process, begin, "log") is None
+        assert checkpoint(folder)["step"] == total
+
+
+def test_a_sweep_takes_no_single_gpu(machine):
+    machine(cores=4, gpus=2)
+    with pytest.raises(BadInput, match="--device cuda:1 after --: give cuda.*CUDA_VISIBLE_DEVICES"):
+        main([*SWEEP, "--", *FLAGS, "--device", "cuda:1"])
 
 
 def test_settings_that_json_changes_are_still_the_same():

@@ -115,8 +115,9 @@ def test_the_members_share_a_batch_equally(name, refused):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_buffer_that_memory_cannot_hold(name, refused):
-    refused(name, tiny(name, buffer_size=10**13), "--buffer-size")
+@pytest.mark.parametrize("size", [10**13, 10**18])  # the latter overflows a number of bytes
+def test_a_buffer_that_memory_cannot_hold(name, size, refused):
+    refused(name, tiny(name, buffer_size=size), f"--buffer-size {size}")
 
 
 # --- environments -------------------------------------------------------------------------------------------
@@ -236,6 +237,23 @@ def test_a_run_is_resumed_with_its_own_settings(name, refused):
 def test_a_run_is_resumed_by_its_own_script(name, other, refused):
     train(name, "run", total_timesteps=0)
     refused(other, tiny(other, run_dir="run", resume=True), "--resume")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_copy_does_not_go_on_with_the_run_of_its_original(name, refused):
+    """They have the same settings, and the same parts in their checkpoints."""
+    path = train(name, "run", total_timesteps=0) / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"script": "mine.py"}, path)
+    refused(name, tiny(name, run_dir="run", resume=True), "a run of mine.py", "--run-dir")
+
+
+@pytest.mark.parametrize("table", ["eval.csv", "train.csv"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_table_that_is_no_runs_is_left_alone(table, resume, refused):
+    Path("data").mkdir()
+    Path("data", table).write_text("x,y\n1,2\n")
+    Path("data/lock").touch()
+    refused("td3", tiny("td3", run_dir="data", resume=resume), f"data has a file {table}", "--run-dir")
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "folder", "other"])

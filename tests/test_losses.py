@@ -534,7 +534,7 @@ def test_an_imagined_step_is_of_the_actors_own_action(name, monkeypatch):
 
 @about("mage_td3", "mage_loss")
 def test_the_target_of_mage_is_differentiated_through_all_that_an_action_changes(monkeypatch):
-    """The gradient by the action is that of finite differences: nothing on the way is detached."""
+    """Its gradient with respect to the action is that of finite differences: nothing is detached."""
     loss = spy(monkeypatch, script("mage_td3"), "mage_loss")
     update, _ = parts_of("mage_td3")
     update(False)

@@ -72,8 +72,9 @@ def test_recorded_actions_are_copies():
 @pytest.mark.parametrize("known, wrong", [
     (REWARDS, lambda obs, action, next_obs: 1.01 * REWARDS["Hopper-v5"](obs, action, next_obs)),
     (REWARDS, lambda obs, action, next_obs: REWARDS["Hopper-v5"](obs, action, next_obs)[:, None]),
+    (REWARDS, lambda obs, action, next_obs: torch.full((len(obs),), float("nan"))),
     (TERMINATIONS, lambda next_obs: next_obs[:, 0] > -1e6),
-], ids=["value", "shape", "termination"])  # fmt: skip
+], ids=["value", "shape", "nan", "termination"])  # fmt: skip
 def test_a_function_that_says_something_else_than_the_environment_is_found(known, wrong, monkeypatch):
     monkeypatch.setitem(known, "Hopper-v4", wrong)
     with pytest.raises(Fault, match="of common/rewards.py says .* where Hopper-v4 gives"):

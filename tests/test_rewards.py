@@ -9,7 +9,7 @@ import torch
 from common import BadInput
 from common.dynamics import double_integrator_cost, dynamics_fn
 from common.envs import make_env
-from common.rewards import REWARDS, TERMINATIONS, reward_fn, termination_fn
+from common.rewards import REWARDS, TERMINATIONS, never, reward_fn, termination_fn
 
 torch.set_num_threads(1)
 STEPS = 2000  # per way of driving the environment, of which there are three
@@ -91,8 +91,18 @@ def test_reward_and_termination_are_the_simulators(env_id):
     assert torch.equal(termination_fn(env_id)(next_obs), terminated)
     if env_id in TERMINATING:
         assert 100 < terminated.sum() < len(terminated) - 100
-    else:
+    elif termination_fn(env_id) is never:
         assert not terminated.any()
+
+
+def test_an_environment_may_be_named_with_its_module(monkeypatch):
+    for known, find in ((REWARDS, reward_fn), (TERMINATIONS, termination_fn)):
+        with pytest.raises(BadInput, match="mine:Point-v0"):
+            find("mine:Point-v0")
+        monkeypatch.setitem(known, "Point-v0", bare := lambda *rows: rows[0][..., 0])
+        assert find("mine:Point-v0") is bare
+        monkeypatch.setitem(known, "mine:Point-v0", full := lambda *rows: rows[0][..., 1])
+        assert find("mine:Point-v0") is full and find("Point-v0") is bare
 
 
 def test_both_are_known_for_the_same_environments():

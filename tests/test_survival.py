@@ -10,6 +10,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import pty
 import random
 import re
 import resource
@@ -776,7 +777,7 @@ def test_an_environment_that_fails(name, fault, register, program, tmp_path):
     assert ("Traceback" in failed.stderr) == (fault in ("step", "lines", "reset", "none"))  # of its code
 
 
-@pytest.mark.parametrize("fault", ["step", "shape"])
+@pytest.mark.parametrize("fault", ["step", "shape", *REWARDS_THAT_ARE_NONE])
 def test_an_environment_that_fails_in_an_evaluation(fault, register, program, tmp_path):
     made, run = [], tmp_path / "run"
 
@@ -887,7 +888,7 @@ def test_a_known_reward_that_goes_wrong(name, once, program, monkeypatch, tmp_pa
     once(30, common.run.Run, "fetch", lambda *args: wrong.append(1))
 
     def reward(*args):
-        return known(*args) * (torch.nan if wrong else 1)
+        return known(*args) * (torch.nan if wrong and len(args[0]) > 1 else 1)
 
     monkeypatch.setitem(REWARDS, "Pendulum-v1", reward)
     failed = program(name, tiny(name, run_dir=run, **EVERY_STEP))
@@ -1064,6 +1065,23 @@ def test_a_lost_terminal_saves_the_run(whole, tmp_path):
     assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
 
 
+def test_a_terminal_that_is_gone_saves_the_run(whole, tmp_path):
+    """The window is closed: SIGHUP comes, and nothing can be written there any more."""
+    command = [sys.executable, str(ROOT / "td3.py"), *tiny("td3", run_dir=tmp_path / "run", **NO_ORACLE)]
+    window, terminal = pty.openpty()
+    usual = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    out = dict(stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=usual, cwd=tmp_path)
+    running = subprocess.Popen(command, start_new_session=True, **out)
+    os.close(terminal)
+    while b"return" not in os.read(window, 1000):
+        pass
+    os.close(window)
+    running.send_signal(signal.SIGHUP)
+    assert running.wait(60) == 128 + signal.SIGHUP and (tmp_path / "run" / POLICY).exists()
+    train("td3", tmp_path / "run", resume=True, **NO_ORACLE)
+    assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
+
+
 def test_nohup_is_respected(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -1169,7 +1187,8 @@ def test_a_policy_takes_one_observation_or_many_of_any_kind(name, plan, whole):
 
 @pytest.mark.parametrize("large", ["buffer_size", "batch_size"])
 def test_too_little_memory_names_the_flag_that_is_large(large, program, tmp_path):
-    failed = program("td3", tiny("td3", run_dir=tmp_path / "run", **{large: 10**13}))
+    settings = {"total_timesteps": 10**15, large: 10**13}  # a long run takes no memory
+    failed = program("td3", tiny("td3", run_dir=tmp_path / "run", **settings))
     assert failed.returncode == 2 and f"--{large.replace('_', '-')} {10**13}" in sentence(failed.stderr)
 
 

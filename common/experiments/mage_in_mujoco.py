@@ -3,11 +3,11 @@
     python -m common.experiments.mage_in_mujoco --env-id HalfCheetah-v4 --preset laptop --updates-per-step 2
 
 It trains mage_td3.py, whose flags it takes, with `--oracle-dynamics`. The next state is the simulator's, and
-its derivative by the action is had by central differences (mujoco_derivatives.py), a pair of steps for each
-number of an action and each row of a batch. This is Eq. 5 in the place of Eq. 6: no bias is left, and the
-difference to a run with a learned model is what that model costs. It is slow, as the simulator takes half a
-second on a busy core for the 256 rows of one update, so give few updates and small batches, and the same to
-the run that it is compared with.
+its derivative with respect to the action comes from central differences (mujoco_derivatives.py), a pair of
+steps for each number of an action and each row of a batch. This is Eq. 5 in the place of Eq. 6: no bias is
+left, and the difference to a run with a learned model is what that model costs. It is slow, as the simulator
+takes half a second on a busy core for the 256 rows of one update, so give few updates and small batches, and
+the same to the run that it is compared with.
 
 The robot must show its whole state (HalfCheetah, Hopper, Walker2d, Swimmer, InvertedPendulum). Its place on
 the track is no part of that, and the contact solver starts anew in every state.
@@ -29,7 +29,7 @@ import mage_td3  # noqa: E402
 class World:
     """The dynamics of a robot as a function: obs (n, ds), action (n, da) -> next_obs (n, ds).
 
-    It can be differentiated by the action, once.
+    It can be differentiated once, with respect to the action.
     """
 
     def __init__(self, env_id):

@@ -91,7 +91,7 @@ class MuJoCoDerivatives:
         return obs, self.data.ncon > 0  # contacts of the last physics step
 
     def by_action(self, action, eps=EPS):
-        """The Jacobian (ds, da) of the next observation by the action (da,)."""
+        """The Jacobian (ds, da) of the next observation with respect to the action (da,)."""
         columns, action = [], np.asarray(action, float)
         for i in range(len(action)):
             up, down = action.copy(), action.copy()
