@@ -45,12 +45,16 @@ def read_run(folder):
         if not (isinstance(told["args"], dict) and isinstance(told["step"], int) and told["script"]):
             raise ValueError
         return told
-    except (ValueError, LookupError, TypeError):
-        raise BadInput(f"{path} is damaged: move the folder away, or give another --exp-name.") from None
+    except (OSError, ValueError, LookupError, TypeError):
+        fix = "move the folder away, or give another --exp-name"
+        raise BadInput(f"{path} is damaged or cannot be read: {fix}.") from None
 
 
 def lock_folder(folder, resume):
     """A run's folder for this process alone -> its lock, which goes with the process, however that ends."""
+    tables = [name for name in ("eval.csv", "train.csv") if (folder / name).exists()]
+    if tables and not ((folder / "args.json").exists() or newest(folder)):  # a run would write its own there
+        raise BadInput(f"{folder} has a file {tables[0]} that is no run's: choose another --run-dir.")
     lock = filelock.FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +69,6 @@ def lock_folder(folder, resume):
         way = "go on in it" if newest(folder) else "begin it anew, as it has no checkpoint,"
         fix = f"choose another --exp-name, --seed or --run-dir, or {way} with --resume"
         raise BadInput(f"{folder} holds a run: {fix}.")
-    tables = [name for name in ("eval.csv", "train.csv") if (folder / name).exists()]
-    if tables and not ((folder / "args.json").exists() or newest(folder)):  # the run would begin them anew
-        lock.release()
-        raise BadInput(f"{folder} has a file {tables[0]} that is no run's: choose another --run-dir.")
     return lock
 
 

@@ -76,7 +76,7 @@ def test_a_finished_run_of_another_script_is_not_taken_for_this_one():
 def test_a_damaged_run_is_named(text):
     Path("run").mkdir()
     Path("run/args.json").write_text(text)
-    with pytest.raises(BadInput, match="args.json is damaged: .* --exp-name"):
+    with pytest.raises(BadInput, match="args.json is damaged.* --exp-name"):
         finished(Job("td3", [], "run", {}), on_cluster=False)
 
 

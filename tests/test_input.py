@@ -252,7 +252,6 @@ def test_a_copy_does_not_go_on_with_the_run_of_its_original(name, refused):
 def test_a_table_that_is_no_runs_is_left_alone(table, resume, refused):
     Path("data").mkdir()
     Path("data", table).write_text("x,y\n1,2\n")
-    Path("data/lock").touch()
     refused("td3", tiny("td3", run_dir="data", resume=resume), f"data has a file {table}", "--run-dir")
 
 
