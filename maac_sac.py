@@ -589,8 +589,8 @@ def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iter
     """A cross-entropy search with the model for actions (n, da) in states (n, ds)   (Table 1).
 
     It looks for actions before the tanh, and the critic values the state after the last of them. Mean and
-    variance begin as the policy's along an imagined trajectory, and after each round nine tenths of the way
-    to those of the best candidates are gone. The first action of the last mean is taken. `step(obs, action)`
+    variance begin as the policy's along an imagined trajectory, and after each round they move nine tenths of
+    the way to those of the best candidates. The first action of the last mean is taken. `step(obs, action)`
     is one step of the model, as in soft_targets.
     """
     # The search begins with the policy's own actions along a trajectory that the model imagines.
