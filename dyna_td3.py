@@ -87,7 +87,7 @@ Of the reward:
   optimiser. Theirs sees the raw action and, by a slip, s normalised a second time in the place of s'; it has
   epochs of its own, and its error counts in the unit of the reward.
 
-This run takes 4 minutes. Four seeds of five ended with returns between -143 and -108, and one at -701:
+This run takes 3 to 4 minutes. Four seeds of five ended with returns between -143 and -108, and one at -701:
 
 python dyna_td3.py --env-id Pendulum-v1 --preset laptop
 

@@ -65,7 +65,7 @@ Try this:
 - Leave out `--updates-per-step 10`. With one update for each step none of five seeds learns the pendulum
   within 3000 steps: they end between -1110 and -280, and ten updates between -132 and -110.
 - Replace the pendulum by `--env-id Pusher-v4`. The best evaluations are -43.3 and -43.9, but the runs end at
-  -199.3 and -158.2 after 10,000 steps (two seeds, 15 and 16 minutes): Q rises above what can be earned, so
+  -199.3 and -158.2 after 10,000 steps (two seeds, 16 and 15 minutes): Q rises above what can be earned, so
   the smaller of two critics is not enough where each is updated ten times a step.
 """
 
