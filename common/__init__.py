@@ -1,5 +1,6 @@
 """Knowledge about environments and about runs; nothing here knows which algorithm is running."""
 
+import re
 import sys
 
 from tqdm import tqdm
@@ -21,3 +22,12 @@ class BadInput(ValueError):
 
 class Fault(RuntimeError):
     """A run cannot go on: one sentence that names the part and the step (exit code 1)."""
+
+
+def memory_is_full(error):
+    """Whether an exception says that the memory of the computer or of its GPU is too small.
+
+    PyTorch has a type of its own for some of these errors only, and says the others in words.
+    """
+    known = "out of memory|not enough memory|can't allocate memory|size calculation overflowed|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(known, str(error)))

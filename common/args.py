@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from common import BadInput, Fault
+from common import BadInput, Fault, memory_is_full
 from common.files import read_args, run_folder
 
 INF = math.inf
@@ -93,7 +93,7 @@ def check(args):
     if getattr(args, "real_ratio", 1) < 1:
         if not args.ensemble_size <= args.rollouts <= args.model_buffer_size:
             raise BadInput(f"--rollouts {args.rollouts}: give from --ensemble-size to --model-buffer-size.")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d*))?", args.device):
         raise BadInput(f"--device {args.device}: give auto, cpu, cuda, or cuda:1 for the second GPU.")
     if args.device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -159,9 +159,8 @@ def main(train, Args, presets):
         try:
             args = parse_args(Args, presets)
             train(args)
-        except RuntimeError as error:  # PyTorch has no type of its own for a CPU's memory
-            known = "out of memory|not enough memory|can't allocate memory|size calculation overflowed"
-            if isinstance(error, Fault) or not re.search(known, str(error)):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, Fault) or not memory_is_full(error):
                 raise
             # The one to blame is the one that was raised most above its default.
             sizes = {f.name: max(f.default, 1) for f in dataclasses.fields(Args) if f.name in MEMORY}

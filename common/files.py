@@ -16,7 +16,7 @@ import mujoco
 import numpy as np
 import torch
 
-from common import BadInput, Fault, one_line
+from common import BadInput, Fault, memory_is_full, one_line
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 POLICY, BEST = "policy.pt", "best.pt"  # networks alone: of the last checkpoint, of the best evaluation
@@ -127,7 +127,9 @@ def read_checkpoint(path):
         if not (isinstance(state["args"], dict) and isinstance(state["step"], int)):
             raise ValueError
         return state
-    except Exception:  # every kind of damage has another type
+    except Exception as error:  # every kind of damage has another type
+        if memory_is_full(error):
+            raise
         before = path.with_name(PREVIOUS)
         older = path.name == NEWEST and before.exists()
         way = f"rename {PREVIOUS} to {NEWEST} to go on from the one before, or " if older else ""
@@ -142,9 +144,9 @@ def loading(path):
     """What does not fit while parts of a checkpoint are loaded is BadInput."""
     try:
         yield
-    except (BadInput, Fault):  # they are among those below, and say more
-        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (BadInput, Fault)) or memory_is_full(error):  # these say more
+            raise
         raise BadInput(f"{path} does not fit these networks ({one_line(error)}).") from None
 
 

@@ -235,7 +235,8 @@ class Run:
     def load(self):
         path = files.newest(self.folder)
         whole = files.read_checkpoint(path)
-        parts = ("script", "device", "seconds", "rng", *SAVED, *self.state)
+        on_gpu = ("cuda_rng",) if self.device.type == "cuda" else ()
+        parts = ("script", "device", "seconds", "rng", *on_gpu, *SAVED, *self.state)
         if missing := [name for name in parts if name not in whole]:
             raise BadInput(f"--resume: {path} has no {missing[0]}, another script or another version of it "
                            "wrote it: use the one that args.json names, or another --run-dir.")  # fmt: skip

@@ -38,6 +38,7 @@ TINY = dict(
     buffer_size=500, updates_per_step=2, batch_size=8, actor_hidden=8, critic_hidden=8, ensemble_size=2,
     model_hidden=8, model_layers=1, model_train_every=20, model_batches=2, reward_hidden=8, reward_layers=1,
     rollouts=16, model_buffer_size=200, horizon=2, num_samples=2, model_lr=0.01,  # so that fits end soon
+    device="cpu",  # on a machine with a GPU as well: what needs one says so
 )  # fmt: skip
 
 

@@ -183,6 +183,13 @@ def test_cuda_where_there_is_none(name, monkeypatch, refused):
     refused(name, tiny(name, device="cuda"), "--device cuda")
 
 
+@pytest.mark.parametrize("device", ["cuda:3", "cuda:01", "cuda:", "gpu", "CPU"])
+def test_devices_that_pytorch_does_not_know(device, monkeypatch, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    refused("td3", tiny("td3", device=device), f"--device {device}")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_accelerations_that_cannot_be(name, monkeypatch, refused):
     def compile(*args, **kwargs):

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import imageio.v3
@@ -1190,6 +1191,23 @@ def test_too_little_memory_names_the_flag_that_is_large(large, program, tmp_path
     settings = {"total_timesteps": 10**15, large: 10**13}  # a long run takes no memory
     failed = program("td3", tiny("td3", run_dir=tmp_path / "run", **settings))
     assert failed.returncode == 2 and f"--{large.replace('_', '-')} {10**13}" in sentence(failed.stderr)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000 bytes."),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["torch.load", "torch.nn.Module.load_state_dict"])
+def test_a_good_checkpoint_is_not_blamed_for_a_full_memory(error, where, copied, monkeypatch, capsys):
+    run = copied("td3", total_timesteps=30)
+    monkeypatch.setattr(where, mock.Mock(side_effect=error))
+    monkeypatch.setattr(sys, "argv", ["td3.py", *tiny("td3", run_dir=run, resume=True)])
+    module = script("td3")
+    with pytest.raises(SystemExit) as end:
+        main(module.train, module.Args, module.PRESETS)
+    said = sentence(capsys.readouterr().err)
+    assert end.value.code == 2 and "too little memory" in said and NEWEST not in said
 
 
 @pytest.mark.parametrize("display", ["", ":17", None])

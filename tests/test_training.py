@@ -533,7 +533,8 @@ def test_a_script_can_be_copied_out(name, tmp_path):
 def test_it_learns_to_swing_up_a_pendulum(name, tmp_path):
     """-149 and -111 on one machine. Untrained -1550 and -1400; with a critic that knows the next reward alone
     -1100 (250 steps later), with a model that was fitted for a dozen steps -1400."""
-    settings = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1250, run_dir=tmp_path / "run")
+    settings = dict(env_id="Pendulum-v1", preset="laptop", total_timesteps=1250, device="cpu",
+                    run_dir=tmp_path / "run")  # fmt: skip
     module = script(name)
     assert module.train(common.args.parse_args(module.Args, module.PRESETS, words(settings))) >= -400
     returns = [float(row["return_mean"]) for row in table(tmp_path / "run", "eval")]

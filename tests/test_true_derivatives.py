@@ -363,6 +363,14 @@ def test_the_world_as_a_function_is_the_robot_and_has_its_derivative(env_id):
         torch.testing.assert_close(gradient[:, i], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("how", ["graph", "compile"])
+def test_no_acceleration_can_ask_the_simulator(how, tmp_path):
+    argv = tiny("mage_td3", env_id="HalfCheetah-v4", run_dir=tmp_path / "run", accelerate=how)
+    with pytest.raises(BadInput, match=f"--accelerate {how}: .* leave it out"):
+        mage_in_mujoco.train(parse_args(mage_td3.Args, mage_td3.PRESETS, argv))
+    assert not (tmp_path / "run").exists()
+
+
 def test_mage_learns_in_the_world(tmp_path):
     """The critic moves, no model is trained, and afterwards the script has its own dynamics again."""
     steps = dict(learning_starts=8, total_timesteps=12, eval_every=12, eval_max_steps=5)

@@ -2,12 +2,12 @@
 
     python -m common.experiments.mage_in_mujoco --env-id HalfCheetah-v4 --preset laptop --updates-per-step 2
 
-It trains mage_td3.py, whose flags it takes, with `--oracle-dynamics`. The next state is the simulator's, and
-its derivative with respect to the action comes from central differences (mujoco_derivatives.py), a pair of
-steps for each number of an action and each row of a batch. This is Eq. 5 in the place of Eq. 6: no bias is
-left, and the difference to a run with a learned model is what that model costs. It is slow, as the simulator
-takes half a second on a busy core for the 256 rows of one update, so give few updates and small batches, and
-the same to the run that it is compared with.
+It trains mage_td3.py, whose flags it takes except for `--accelerate`, with `--oracle-dynamics`. The next
+state is the simulator's, and its derivative with respect to the action comes from central differences
+(mujoco_derivatives.py), a pair of steps for each number of an action and each row of a batch. This is Eq. 5
+in the place of Eq. 6: no bias is left, and the difference to a run with a learned model is what that model
+costs. It is slow, as the simulator takes half a second on a busy core for the 256 rows of one update, so give
+few updates and small batches, and the same to the run that it is compared with.
 
 The robot must show its whole state (HalfCheetah, Hopper, Walker2d, Swimmer, InvertedPendulum). Its place on
 the track is no part of that, and the contact solver starts anew in every state.
@@ -17,6 +17,7 @@ the track is no part of that, and the contact solver starts anew in every state.
 import numpy as np
 import torch
 
+from common import BadInput
 from common.args import main
 from common.envs import make_env
 from common.experiments import needs
@@ -64,6 +65,8 @@ class Step(torch.autograd.Function):
 
 def train(args):
     """mage_td3.train in this world."""
+    if args.accelerate != "none":
+        raise BadInput(f"--accelerate {args.accelerate}: it cannot be with a simulator; leave it out.")
     args.oracle_dynamics, known = True, mage_td3.dynamics_fn
     mage_td3.dynamics_fn = World
     try:
