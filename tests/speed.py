@@ -8,6 +8,7 @@ compared runs in turns in one process and the median is shown, so that ratios ho
 
 import argparse
 import gc
+import importlib
 import itertools
 import statistics
 import subprocess
@@ -343,6 +344,8 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, median of {turns} turns")
     ways = ["none"] + ["compile"] * (not args.tiny) + (["graph"] if device.type == "cuda" else [])
+    # The scripts have more than eight optimisers together, and after the eighth torch.compile would give up.
+    importlib.import_module("torch._dynamo.config").recompile_limit = 64
     learning(device, turns, ways, ["mage_td3"] if args.quick else SCRIPTS)
     cleanrl_sizes(device, 300 if args.quick or args.tiny else 1000)
     if not args.quick:

@@ -13,7 +13,11 @@ FOLDERS = {  # the runs that the table of a script is about
     "td3": [f"laptop/{env_id}/td3_10_updates" for env_id in ("Pendulum-v1", HALFCHEETAH, "Pusher-v4")],
     "dyna_td3": [f"laptop/{env_id}/dyna_td3" for env_id in ("Pendulum-v1", HALFCHEETAH, "Pusher-v4")],
     "mage_td3": [f"laptop/{env_id}/mage_td3" for env_id in ("Pendulum-v1", HALFCHEETAH, "Pusher-v4")],
-    "maac_sac": ["laptop/Pendulum-v1/maac", f"random_5000/{HALFCHEETAH}/maac_no_steve"],
+    "maac_sac": [
+        "laptop/Pendulum-v1/maac",
+        f"random_5000/{HALFCHEETAH}/maac",
+        f"random_5000/{HALFCHEETAH}/maac_no_steve",
+    ],
 }
 FLAGS = {  # with which they were made
     **{folder: "--updates-per-step 10" for folder in FOLDERS["td3"]},
