@@ -30,7 +30,7 @@ def accelerate(function, how, device, optimizers=()):
         try:
             torch.compile(torch.sin)(torch.zeros(1, device=device))
         except Exception as error:  # each missing tool has an error of its own
-            reason = str(error).strip().splitlines()[0]
+            reason = next((x for x in str(error).split("\n") if x and not x.endswith("raised:")), "no reason")
             fix = "install a C++ compiler (on a GPU: Triton), or leave it out"
             raise BadInput(f"--accelerate compile does not work here ({reason}): {fix}.") from None
     if how != "none" and on_gpu:  # a plain one counts its steps on the CPU: fewer launches

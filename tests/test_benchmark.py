@@ -21,6 +21,7 @@ from common.benchmark import Job, finished, main, on_this_machine, why_failed
 from tests.conftest import ROOT, checkpoint, script, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
+AUTO = ["--device", "auto"]  # as where nothing is said of it
 SWEEP = ["--scripts", "td3", "--env-ids", "Pendulum-v1", "ContinuousCartPole-v1", "--seeds", "2"]
 
 
@@ -372,7 +373,7 @@ def test_runs_share_the_gpus_that_there_are(machine, monkeypatch, gpus, flags, v
     did = machine(cores=64, gpus=gpus)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert main([*SWEEP[:-1], "5", "--", *FLAGS, *flags]) == 0 and did["workers"] == workers
+    assert main([*SWEEP[:-1], "5", "--", *FLAGS, *AUTO, *flags]) == 0 and did["workers"] == workers
     found = [env.get("CUDA_VISIBLE_DEVICES") for env in did["environments"]]
     assert found == (list(given) if given else [None] * 10)
 
@@ -390,7 +391,7 @@ def test_a_run_asks_a_cluster_for_its_threads_and_its_share_of_a_gpu(
     """This machine has no GPU, which is of no matter. What nobody has is waited for, and that is said."""
     machine(cores=6)
     monkeypatch.setitem(sys.modules, "ray", ray := Cluster(*machines))
-    assert main([*SWEEP, "--ray", "there:6379", "--", *FLAGS, *flags]) == 0
+    assert main([*SWEEP, "--ray", "there:6379", "--", *FLAGS, *AUTO, *flags]) == 0
     assert ray.asked == [asked] and "num_cpus" not in ray.begun
     err = capsys.readouterr().err
     assert said in err and ("--ray there:6379: " in err) == bool(said)
