@@ -64,8 +64,8 @@ python td3.py --env-id Pendulum-v1 --preset laptop --updates-per-step 10
 Try this:
 - Leave out `--updates-per-step 10`. With one update for each step none of five seeds learns the pendulum
   within 3000 steps: they end between -1110 and -280, and ten updates between -132 and -110.
-- Replace the pendulum by `--env-id Pusher-v4`. The best evaluations are -43.3 and -43.9, but the runs end at
-  -199.3 and -158.2 after 10,000 steps (two seeds, 16 and 15 minutes): Q rises above what can be earned, so
+- Replace the pendulum by `--env-id Pusher-v4`. The best evaluations of three seeds are -43 to -50, but the
+  runs end at -199, -158 and -84 after 10,000 steps (14 to 16 minutes): Q rises above what can be earned, so
   the smaller of two critics is not enough where each is updated ten times a step.
 """
 
@@ -93,7 +93,7 @@ class Args:
 
     - Pendulum-v1, 3,000 steps: 1 to 2 minutes, -132 to -110 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 11 to 19 minutes, 9 to 922 (3 seeds)
-    - Pusher-v4, 10,000 steps: 15 to 16 minutes, -199 to -158 (2 seeds)
+    - Pusher-v4, 10,000 steps: 14 to 16 minutes, -199 to -84 (3 seeds)
 
     The paper preset takes a core about an hour and a half on HalfCheetah-v4, with one update a step. What it
     returns after its 100,000 steps is not known, as no such run has been taken to its end.
