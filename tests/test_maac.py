@@ -118,8 +118,14 @@ def test_members_that_overfit_stop_early_and_get_their_best_weights_back():
 
 
 def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch):
-    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 3, then worse."""
-    script = iter([[9.0, 9], [5, 8], [6, 7], [7, 4]] + [[8, 8]] * 150)
+    """Held-out losses by script: member 0 is best after epoch 1, member 1 after epoch 5.
+
+    The gain of 0.05 in epoch 4 renews the patience of 100 epochs, that of 0.005 does not. When member 0 gets
+    its lowest loss of all, in epoch 102, it has been done for one epoch.
+    """
+    script = [[9.0, 9], [5, 8], [6, 7], [7, 4], [7, 3.95], [7, 3.945]] + [[8, 8]] * 150
+    script[102] = [1, 8]
+    losses_of = iter(script)
     *_, model = networks(ds=2, da=1, members=2)
     model.float()
     real, seen = maac_sac.model_losses, []
@@ -128,7 +134,7 @@ def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch
         if torch.is_grad_enabled():
             return real(model, *batch)
         seen.append([p.detach().clone() for p in model.parameters()])
-        return torch.tensor(next(script))
+        return torch.tensor(next(losses_of))
 
     monkeypatch.setattr(maac_sac, "model_losses", scripted)
     buffer = maac_sac.ReplayBuffer(100, 2, 1, "cpu")
@@ -136,9 +142,45 @@ def test_each_member_is_given_back_the_weights_of_its_own_best_epoch(monkeypatch
         buffer.add(*(np.random.randn(n) for n in (2, 1, 1, 2)), False)
     held_out = maac_sac.HeldOut(100, 2).mask
     losses, epochs = maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, held_out)
-    assert losses.tolist() == [5, 4] and epochs == 3 + 100  # epochs of one step
-    for p, first, third in zip(model.parameters(), seen[1], seen[3], strict=True):
-        assert torch.equal(p[0], first[0]) and torch.equal(p[1], third[1])
+    assert torch.equal(losses, torch.tensor([5, 3.945])) and epochs == 4 + 100  # epochs of one step
+    for p, first, fifth in zip(model.parameters(), seen[1], seen[5], strict=True):
+        assert torch.equal(p[0], first[0]) and torch.equal(p[1], fifth[1])
+
+
+def test_a_fit_begins_with_an_optimiser_that_remembers_nothing():
+    """Its moments belong to weights that the fit before gave up for better ones."""
+    model, _, buffer, held_out, _ = fit(max_epochs=2)
+    fitted = []
+    for moments in (None, 100.0):
+        again = copy.deepcopy(model)
+        optimizer = maac_sac.adam(again, 3e-3)
+        if moments:
+            maac_sac.descend(optimizer, moments * sum(p.sum() for p in again.parameters()))
+            again.load_state_dict(model.state_dict())
+            assert optimizer.state
+        torch.manual_seed(1)
+        maac_sac.fit_model(again, optimizer, buffer, held_out, max_epochs=3)
+        fitted.append(again.state_dict())
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])
+    assert not all(torch.equal(fitted[0][name], model.state_dict()[name]) for name in fitted[0])
+
+
+@pytest.mark.parametrize("rows, judging", [(100, 20), (5000, 1000), (20_000, 2000)])
+def test_all_held_out_rows_judge_a_member_up_to_two_thousand(rows, judging, monkeypatch):
+    shapes = set()
+
+    def watch(model, obs, action, next_obs):
+        if not torch.is_grad_enabled():
+            shapes.update(tuple(x.shape) for x in (obs, action, next_obs))
+        return torch.zeros(2)
+
+    monkeypatch.setattr(maac_sac, "model_losses", watch)
+    monkeypatch.setattr(maac_sac, "descend", lambda *args: None)
+    *_, model = networks(ds=2, da=1, members=2)
+    buffer = maac_sac.ReplayBuffer(rows, 2, 1, "cpu")
+    buffer.size.fill_(rows)
+    maac_sac.fit_model(model, maac_sac.adam(model, 1e-2), buffer, maac_sac.HeldOut(rows, 2).mask)
+    assert shapes == {(2, judging, 2), (2, judging, 1)}
 
 
 @pytest.mark.parametrize("rows, epochs", [(100, 100), (1000, 25), (5000, 7), (10_000, 5)])
@@ -288,6 +330,32 @@ def test_a_search_starts_with_the_trajectory_of_the_policy():
             torch.testing.assert_close(action, actor(expected).tanh())
             expected = DYNAMICS(expected, action)
     assert len(seen) == 6
+
+
+def test_a_search_moves_nine_tenths_of_the_way_to_its_elites(monkeypatch):
+    """Two candidates with noise of 0.5 and 1, of which the larger action is better, and one elite.
+
+    The mean is 0 and becomes 0.9, the variance 1 and becomes 0.1: an elite alone has none. In the second
+    round the better one is 0.9 + sqrt(0.1), of which nine tenths and a tenth of 0.9 make the plan.
+    """
+    noise = torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: noise)
+    def step(obs, action):
+        return action[:, 0], obs, torch.zeros(len(obs), dtype=torch.bool)
+
+    def nothing(*args):
+        return torch.zeros(2, 2)
+
+    class Policy:
+        def gaussian(self, obs):
+            return torch.zeros(len(obs), 1), torch.ones(len(obs), 1)
+
+        def __call__(self, obs):
+            return torch.zeros(len(obs), 1)
+
+    plan = maac_sac.plan_action(Policy(), nothing, step, torch.zeros(1, 2), DISCOUNT, 1, 2, 2, 1)
+    expected = 0.1 * 0.9 + 0.9 * (0.9 + math.sqrt(0.1))
+    torch.testing.assert_close(plan, torch.tensor([[expected]]).tanh())
 
 
 def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination():
