@@ -2,8 +2,8 @@
 
 An ensemble of Gaussian networks learns p(s'|s, a) from the transitions that the environment gave. In replayed
 states the current actor acts and the ensemble answers, and ten times for each step in the environment the
-critic learns from such answers. This is the baseline of the MAGE paper: mage_td3.py makes the same data, and
-asks its critic for the slope of the target as well.
+critic learns from such answers. This is the one baseline of the MAGE paper that has a model: mage_td3.py
+makes the same data, and asks its critic for the slope of the target as well.
 
 Equations, with the numbers of that paper. ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1); and
 Δ = (s' - s - m) / c is the normalised change of the state, m and c the mean and deviation of such changes:
@@ -23,9 +23,10 @@ In the paper, and in this file:
 Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics,
 K that of the members of the ensemble, M the rows of a batch for one of them; n is any number of rows.
 
-Read td3.py first. Only these blocks differ: the section "model" (`Dynamics`, `RewardModel`) and `model_loss`
-are new, `train_model` fits the ensemble every 25 steps, and `update` imagines its batch where td3.py replays
-one.
+Read td3.py first. These blocks differ: the section "model" (`Dynamics`, `RewardModel`), `model_loss` and
+`train_model`, which is one gradient step of the ensemble, are new; after every 25 steps the loop calls
+`train_model` 120 times; and `update` imagines its batch where td3.py replays one. A step has ten updates here
+and one in td3.py, so compare with `td3.py --updates-per-step 10`.
 
 Differences. In places this file departs from TD3 as it is usually written, from the MAGE paper, or from the
 code that was published with it (github.com/nnaisense/MAGE, "theirs" below). A mark says whom the file follows
@@ -69,9 +70,9 @@ Of the model:
 - [ours] A fit is 120 batches, as D.2 has it, drawn with replacement, so that a step costs the same throughout
   a run. Theirs runs whole epochs until it has 120 batches or more, and with many transitions one epoch is far
   more: 390 batches with 100,000, and 11,718 with the three million of B.5.
-- [ours] Normalisers follow every step, as one of the observations serves all networks. Theirs do so for actor
-  and critic, while the model and the learned reward keep those of their last fit until the next one, 25 steps
-  later.
+- [ours] Normalisers follow every step, since the one for observations serves the actor and the critic as well
+  as the model. Theirs do so for actor and critic, while the model and the learned reward keep those of their
+  last fit until the next one, 25 steps later.
 - [ours] The last layer of the model, as all layers, begins with uniform Xavier weights. In theirs the last
   layers of the model and of the learned reward have normal ones, of the same variance.
 - [ours] A dimension that varies by no more than the rounding of float32 explains is taken for constant and
@@ -137,7 +138,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
+    preset: Literal["paper", "laptop"] = "paper"  # It sets the authors' values, or cheaper ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -167,7 +168,7 @@ class Args:
     target_noise: float = 0.2  # The target's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
     # --- model ---
-    ensemble_size: int = 8  # The model has this many members, among which a batch is divided equally.
+    ensemble_size: int = 8  # The model has this many members, and one of them answers for each imagined row.
     model_hidden: int = 512  # Each hidden layer of the model has this many units.
     model_layers: int = 4  # The model has this many hidden layers.
     model_lr: float = 1e-4  # This is the learning rate of the model and of the learned reward.
@@ -192,13 +193,13 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
     "paper": {"*": {}, "Pendulum-v1": PAPER_CLASSIC, "ContinuousCartPole-v1": PAPER_CLASSIC},
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_CLASSIC, "ContinuousCartPole-v1": LAPTOP_CLASSIC},
 }
-MODEL_BATCH, MODEL_DECAY = 256, 1e-4  # rows per member and gradient step; decoupled weight decay (D.2)
+MODEL_BATCH, MODEL_DECAY = 256, 1e-4  # rows per member and gradient step; weight decay (D.2)
 LOGVAR = (-5.0, -1.0)  # bounds on the model's log-variance (authors' code): a deviation of 0.08 to 0.61
 
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
+    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -369,7 +370,7 @@ def huber(x):
 
 
 def model_loss(model, obs, action, next_obs):
-    """The model's loss and its mean squared error, two scalars   (Eq. 9).
+    """The model's loss and its mean squared error, two scalars   (Eq. 9, D.2).
 
     The loss is twice the negative log-likelihood without constants, and a mean over the ds dimensions where a
     likelihood has their sum. obs and next_obs are (K, M, ds), action is (K, M, da).
@@ -377,7 +378,7 @@ def model_loss(model, obs, action, next_obs):
     # The model predicts the change of the state, in standard deviations of such changes.
     target = model.delta_norm(next_obs - obs)  # (K, M, ds): M rows for each member
     mean, logvar = model(obs, action)  # (K, M, ds)
-    # (Δ - μₖ)² / σₖ² + log σₖ²   (Eq. 9)
+    # (Δ - μₖ)² / σₖ² + log σₖ²   (Eq. 9, for the Gaussian members of D.2)
     square = (mean - target) ** 2
     return (square * (-logvar).exp() + logvar).mean(), square.detach().mean()
 
@@ -389,7 +390,7 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
     # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2, but for ε and 1 - terminated)
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
@@ -409,7 +410,7 @@ def actor_loss(actor, critic, obs):
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def radam(module, lr, weight_decay=0.0):
-    """RAdam with decoupled weight decay."""
+    """RAdam; its weight decay shrinks the weights directly (decoupled, as in AdamW), and no gradient."""
     return torch.optim.RAdam(module.parameters(), lr, weight_decay=weight_decay, decoupled_weight_decay=True,
                              foreach=True)
 
@@ -454,7 +455,7 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    # One normaliser serves all networks, so that the target networks see what the trained ones see.
+    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
     obs_norm = Normaliser(obs_dim)
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
     critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)

@@ -8,7 +8,7 @@ several horizons, weighted by how well the members of the ensemble agree on them
 Equations; the paper does not number them:
     maximise Σ_{t<H} γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀|s₀)    actor (Sec. 4.3)     actor_loss
     minimise (y - Qⱼ(s, a))², mean over j                             critics (Sec. 3.1)   critic_loss
-    y = Σ_h w_h meanₖ minⱼ T_hkj, w_h ∝ 1 / var T_hkj over k and j    target (Sec. 4.3)    soft_targets
+    y = Σ_h w_h meanₖ minⱼ T_hkj, w_h ∝ 1 / var T_hkj over k and j    target (STEVE)       soft_targets
     T_hkj = r + γ [Σ_{i<h} γⁱ (rᵢ - α log πᵢ) + γʰ (Q̄ⱼ - α log π_h)]  target of horizon h  soft_targets
     minimise (Δ - μₖ)² / σₖ² + log σₖ², Δ = s' - s normalised         member k (Sec. 4.3)  fit_model
     minimise -α (log π(a₀|s₀) + target entropy)                       temperature (SAC)    temperature_loss
@@ -88,10 +88,10 @@ Of the model:
 - [authors' code] Each member is trained on four fifths of the rows and judged on the other fifth, which is
   drawn for each member separately. This makes the members differ; the bootstrap that the paper names would
   draw rows with replacement. [ours] A member is judged on at most 2000 rows, for speed.
-- [ours] A member is done after 5 epochs, and 100 gradient steps, in which its held-out loss fell by less than
-  0.01, and gets back the weights of its best epoch, however small their gain. With epochs alone a fit of few
-  rows ends almost untrained, and its noise ruins the critic. Theirs stops when a moving average of that loss
-  rises, and keeps the last weights. A fit has 2000 epochs at most; theirs 200.
+- [ours] A member is done when its held-out loss has fallen by less than 0.01 in 5 epochs, or in as many more
+  as make 100 gradient steps, and gets back the weights of its best epoch, however small their gain. With
+  epochs alone a fit of few rows ends almost untrained, and its noise ruins the critic. Theirs stops when a
+  moving average of that loss rises, and keeps the last weights. A fit has 2000 epochs at most; theirs 200.
 - [ours] Every fit begins with fresh Adam moments, since those of the last one belong to weights that were
   given up. Theirs keeps them from fit to fit.
 - [ours] One normaliser of observations serves model, actor and critic and follows every step. In theirs each
@@ -103,7 +103,7 @@ Of the model:
 - [ours] Actor and critic are swish networks on normalised observations, as in the other scripts; theirs are
   relu or tanh ones, by environment, on raw observations.
 
-Of planning (`python -m common.evaluate RUN --plan`, table 1):
+Of planning (`python -m common.evaluate RUN --plan`, section 5.4):
 - [authors' code] The search looks 5 steps ahead with 256 candidates, repeats 5 times, takes the best tenth
   for elites, and keeps a tenth of the old mean and variance.
 - [ours] The last action is the policy's, and the value of the last state is discounted by γᴴ, as in the
@@ -117,9 +117,10 @@ python maac_sac.py --env-id Pendulum-v1 --preset laptop
 
 Try this:
 - Give `--horizon 0`: the actor no longer looks through the model. Five seeds reach -200 at steps 1750, 2500,
-  1750, 3000 and 2750, where MAAC does at 1000, 2000, 1000, 1750 and 2000, and end between -158 and -108.
-- Give `--num-samples 1`: with one trajectory from each state (the laptop preset has two) three seeds end
-  between -132 and -109 as before, and two at -154 and -190.
+  1750, 3000 and 2750, and end between -158 and -108. MAAC, run with the same revision, which is older than
+  that of the run above, reaches -200 at 1000, 2000, 1000, 1750 and 2000.
+- Give `--num-samples 1`: with one trajectory from each state (the laptop preset has two on the pendulum)
+  three seeds end between -132 and -109 as before, and two at -154 and -190.
 """
 
 import math
@@ -161,7 +162,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
+    preset: Literal["paper", "laptop"] = "paper"  # It sets the authors' values, or cheaper ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -177,13 +178,13 @@ class Args:
     # --- data ---
     learning_starts: int = 5000  # Actions are random for this many steps before anything learns.
     buffer_size: int = 1_000_000  # The replay buffer keeps this many of the newest transitions.
-    real_ratio: float = 0.05  # This share of a batch is from D_env, and the rest is from D_model.
+    real_ratio: float = 0.05  # This share of a batch is real transitions, and the rest is imagined ones.
     rollouts: int = 100_000  # This many rollouts are imagined after each fit, from replayed states.
-    rollout_growth: float = 1.0  # Their number grows by this factor from step 20,000 to 100,000.
+    rollout_growth: float = 1.0  # The number of rollouts grows by this factor from step 20,000 to 100,000.
     rollout_length: int = 1  # A rollout has this many steps.
-    model_buffer_size: int = 2_000_000  # D_model keeps this many of the newest imagined transitions.
+    model_buffer_size: int = 2_000_000  # This many of the newest imagined transitions are kept.
     # --- actor and critic ---
-    updates_per_step: int = 8  # This is G2, the number of updates after each environment step.
+    updates_per_step: int = 8  # There are this many updates (the paper's G2) after each environment step.
     batch_size: int = 256  # An update looks at this many states.
     gamma: float = 0.99  # This is the discount factor.
     tau: float = 0.005  # The target critics move this share of the way at each update.
@@ -191,22 +192,23 @@ class Args:
     actor_hidden: int = 256  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 256  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
-    target_entropy: float | None = None  # The entropy is held near this; by default it is -da.
+    target_entropy: float | None = None  # Entropy is held near this, by default minus the action's dimension.
     # --- MAAC ---
     horizon: int = 4  # This is H, the number of model steps in the actor's objective.
     num_samples: int = 5  # The actor's objective is the mean over this many trajectories from each state.
     steve: bool = True  # The critic's target is a mix of several horizons.
     steve_horizon: int = 2  # This is the longest of those horizons.
     # --- model ---
-    ensemble_size: int = 8  # The model has this many members, among which a batch is divided equally.
+    ensemble_size: int = 8  # The model has this many members, and one of them answers for each imagined row.
     model_hidden: int = 200  # Each hidden layer of the model has this many units.
     model_layers: int = 4  # The model has this many hidden layers.
     model_lr: float = 1e-3  # This is the learning rate of the model.
     model_train_every: int = 250  # The model is fitted after every so many environment steps.
 
 
-# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
-# core needs minutes for classic control and about an hour for a robot. A robot keeps the authors' 5000 random
+# The laptop preset is ours: it keeps the algorithm, and takes fewer steps, rollouts and trajectories from a
+# state, and for classic control smaller networks and batches as well, so that one core needs minutes for
+# classic control and about an hour for a robot. A robot keeps the authors' networks and their 5000 random
 # steps. On HalfCheetah-v4 two of three seeds ended above the one run that had 1000 (2177 and 1391, without
 # STEVE, against 1131 with it), and the third failed.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, rollouts=10_000, num_samples=1)
@@ -230,7 +232,7 @@ LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
+    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -441,7 +443,7 @@ def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     train, test = ([mask[:, k].nonzero()[:, 0] for k in range(model.members)] for mask in masks)
     obs, action, _, next_obs, _ = buffer.rows.split(buffer.widths, -1)
 
-    def draw(rows):  # as many rows for each member, without replacement: (K, n)
+    def draw(rows):  # as many for each member as the one with the fewest has, in random order: (K, n)
         fewest = min(len(r) for r in rows)
         return torch.stack([r[torch.randperm(len(r), device=r.device)[:fewest]] for r in rows])
 
@@ -546,7 +548,7 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
     variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,) pooled: two critics are few for each row
     weights = (variance + 1e-8).reciprocal()
     weights = weights / weights.sum()
-    # y = Σ_h w_h meanₖ minⱼ T_hkj   (Sec. 4.3)
+    # y = Σ_h w_h meanₖ minⱼ T_hkj   (STEVE, which Sec. 4.3 names and does not write down)
     return weights @ targets.min(1).values.mean(1), weights  # the smaller critic, mean over members
 
 
@@ -587,7 +589,7 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def plan_action(actor, critic, step, obs, gamma, horizon=5, candidates=256, iterations=5, elites=26):
-    """A cross-entropy search with the model for actions (n, da) in states (n, ds)   (Table 1).
+    """A cross-entropy search with the model for actions (n, da) in states (n, ds)   (Sec. 5.4).
 
     It looks for actions before the tanh, and the critic values the state after the last of them. Mean and
     variance begin as the policy's along an imagined trajectory, and after each round they move nine tenths of
@@ -674,7 +676,7 @@ def load_policy(run_dir, plan=False):
     if not plan:
         return as_policy(actor)
     if not model.net[-1].bias.any():  # they begin at 0
-        raise BadInput(f"--plan: {run_dir} has not trained a model; leave it out.")
+        raise BadInput(f"--plan: the run in {run_dir} has trained no model to plan with; leave --plan out.")
     step = partial(imagine, model, reward_fn(args.env_id), termination_fn(args.env_id))
     candidates = 256 // args.ensemble_size * args.ensemble_size
     return as_policy(partial(plan_action, actor, critic, step, gamma=args.gamma, candidates=candidates))
@@ -708,8 +710,8 @@ def train(args: Args) -> float:
     samples = args.num_samples if args.horizon else 1  # SAC takes one action in a state
 
     def sample_batch():
-        """D_env and D_model in the proportion of real_ratio: (B, ds), (B, da), (B,), (B, ds), (B,)."""
-        # Algorithm 1, line 8: 𝒟 ← D_model ∪ D_env.
+        """A batch (B, ds), (B, da), (B,), (B, ds), (B,), of which the share real_ratio is from D_env."""
+        # Algorithm 1, line 8: 𝒟 ← D_model ∪ D_env. Here each of the two gives a fixed share of a batch.
         n = round(args.real_ratio * args.batch_size)
         if n == args.batch_size:
             return real.sample(n)

@@ -103,7 +103,7 @@ class Args:
     env_id: str = "HalfCheetah-v4"  # This names the environment; the README lists what works.
     seed: int = 0  # This seeds everything random.
     total_timesteps: int = 100_000  # The run has this many environment steps, random ones included.
-    preset: Literal["paper", "laptop"] = "paper"  # This sets the paper's sizes, or smaller ones for one core.
+    preset: Literal["paper", "laptop"] = "paper"  # It sets the authors' values, or cheaper ones for one core.
     device: str = "auto"  # Give cpu, cuda, or cuda:1 for the second GPU; auto takes the GPU if there is one.
     threads: int = 1  # PyTorch uses this many CPU threads; small networks are fastest on one.
     # `compile` puts the updates through torch.compile, `graph` replays them as CUDA graphs on a GPU,
@@ -148,7 +148,7 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it was shown; a network that uses it saves it."""
+    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -283,7 +283,7 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
     # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2)
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2, but for ε and 1 - terminated)
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
@@ -303,7 +303,7 @@ def actor_loss(actor, critic, obs):
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def radam(module, lr, weight_decay=0.0):
-    """RAdam with decoupled weight decay."""
+    """RAdam; its weight decay shrinks the weights directly (decoupled, as in AdamW), and no gradient."""
     return torch.optim.RAdam(module.parameters(), lr, weight_decay=weight_decay, decoupled_weight_decay=True,
                              foreach=True)
 
@@ -348,7 +348,7 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    # One normaliser serves all networks, so that the target networks see what the trained ones see.
+    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
     obs_norm = Normaliser(obs_dim)
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
     critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)
