@@ -2,13 +2,17 @@
 
 import re
 import sys
+import traceback
+from pathlib import Path
 
 from tqdm import tqdm
 
 
-def one_line(error):
-    """What an exception says, as a part of a sentence: "ValueError: why"."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+def one_line(error, placed=False):
+    """What an exception says, as a part of a sentence: "ValueError: why", with `placed` also where it was."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
+    frames = traceback.extract_tb(error.__traceback__) if placed else []
+    return text + "".join(f" in {Path(frame.filename).name}, line {frame.lineno}" for frame in frames[-1:])
 
 
 def say(text):

@@ -28,7 +28,11 @@ class Forecast:
         self.told = False
 
     def warn(self):
-        """Says before a run begins with the paper's sizes on a CPU what that means."""
+        """Says before a run begins that nothing will be learned, or what the paper's sizes mean on a CPU."""
+        total, first = self.args.total_timesteps, self.args.learning_starts
+        if total <= first:
+            say(f"--total-timesteps {total}: nothing is learned, as the first {first} steps are random "
+                "(--learning-starts)")  # fmt: skip
         updates = (self.args.total_timesteps - self.args.learning_starts) * self.args.updates_per_step
         if self.on_cpu and self.start == 0 and updates >= MANY:
             say(f"--preset paper has the sizes of the paper: a CPU may need hours or days. {INSTEAD}")

@@ -22,9 +22,14 @@ def bare(env_id):
     return str(env_id).rpartition(":")[2]
 
 
+def known(functions, env_id):
+    """What REWARDS or TERMINATIONS has for an id, with its module or without; or None."""
+    return functions.get(env_id) or functions.get(bare(env_id))
+
+
 def reward_fn(env_id):
     """The reward of `env_id`: reward(obs, action, next_obs) -> (...). Raises BadInput if it is not known."""
-    if not (function := REWARDS.get(env_id) or REWARDS.get(bare(env_id))):
+    if not (function := known(REWARDS, env_id)):
         raise BadInput(
             f"the reward of --env-id {env_id!r} is unknown: add a reward_fn to REWARDS in common/rewards.py "
             "(or give --learned-reward, where the script has it) and a termination_fn to TERMINATIONS there."
@@ -34,7 +39,7 @@ def reward_fn(env_id):
 
 def termination_fn(env_id):
     """When an episode of `env_id` ends: terminated(next_obs) -> (...) bool. Raises BadInput if not known."""
-    if not (function := TERMINATIONS.get(env_id) or TERMINATIONS.get(bare(env_id))):
+    if not (function := known(TERMINATIONS, env_id)):
         raise BadInput(
             f"when --env-id {env_id!r} terminates is not known: add a termination_fn to TERMINATIONS in "
             "common/rewards.py, and a reward_fn to REWARDS there unless --learned-reward is given."

@@ -148,6 +148,8 @@ def refusal(env_id):
         ("foo:Bar-v0", "No module named 'foo'"),
         ("CartPole-v1", "Discrete(2)"),
         ("Blackjack-v1", "Tuple observations"),
+        ("points_of_mine:Point-v0", "put points_of_mine.py beside the script, or its folder on PYTHONPATH"),
+        ("Point-v0", "or its module too: points:Point-v0"),
     ],
 )
 def test_ids_that_cannot_be_used(env_id, expected):
@@ -171,7 +173,7 @@ def test_ids_that_cannot_be_used(env_id, expected):
         ({"observation_space": Box(-1, 1, ())}, "observations of shape ()"),
         ({"error": gym.error.DependencyNotInstalled("No Box2D")}, "(No Box2D): install what it needs."),
         ({"error": ImportError("No\nmodule")}, "(No module): install what it needs."),
-        ({"error": RuntimeError("no power")}, "(no power)"),
+        ({"error": KeyError("mass")}, "(KeyError: 'mass' in test_envs.py, line"),
     ],
 )
 def test_environments_that_cannot_be_used(probe, spaces, expected):

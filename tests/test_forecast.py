@@ -161,3 +161,10 @@ def test_a_run_says_how_long_it_will_take(name, tmp_path, monkeypatch, capsys):
     assert not lines(220, resume=True)  # the 20 steps that are left are over before the clock is read
     (line,) = lines(340, resume=True)
     assert line.startswith("step 235: at " if name == "td3" else "step 250: at ")
+
+
+@pytest.mark.parametrize("total, said", [(1000, True), (1001, False)])
+def test_a_run_that_ends_before_anything_is_learned_says_so(total, said, capsys):
+    Forecast(settings("mage_td3", total_timesteps=total, learning_starts=1000), CPU, 0).warn()
+    expected = f"--total-timesteps {total}: nothing is learned, as the first 1000 steps are random"
+    assert (expected in capsys.readouterr().err) == said

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import Fault
+from common import BadInput, Fault
 from common.envs import ReplayableEnv, make_env
-from common.rewards import REWARDS, TERMINATIONS
+from common.rewards import REWARDS
 from tests.test_training import same
 
 
@@ -69,28 +69,31 @@ def test_recorded_actions_are_copies():
     assert np.array_equal(env.obs, resumed.obs)
 
 
-@pytest.mark.parametrize("known, wrong", [
-    (REWARDS, lambda obs, action, next_obs: 1.01 * REWARDS["Hopper-v5"](obs, action, next_obs)),
-    (REWARDS, lambda obs, action, next_obs: REWARDS["Hopper-v5"](obs, action, next_obs)[:, None]),
-    (REWARDS, lambda obs, action, next_obs: torch.full((len(obs),), float("nan"))),
-    (TERMINATIONS, lambda next_obs: next_obs[:, 0] > -1e6),
+@pytest.mark.parametrize("name, wrong", [
+    ("reward", lambda obs, action, next_obs: 1.01 * REWARDS["Hopper-v5"](obs, action, next_obs)),
+    ("reward", lambda obs, action, next_obs: REWARDS["Hopper-v5"](obs, action, next_obs)[:, None]),
+    ("reward", lambda obs, action, next_obs: torch.full((len(obs),), float("nan"))),
+    ("terminated", lambda next_obs: next_obs[:, 0] > -1e6),
 ], ids=["value", "shape", "nan", "termination"])  # fmt: skip
-def test_a_function_that_says_something_else_than_the_environment_is_found(known, wrong, monkeypatch):
-    monkeypatch.setitem(known, "Hopper-v4", wrong)
-    with pytest.raises(Fault, match="of common/rewards.py says .* where Hopper-v4 gives"):
-        drive(ReplayableEnv(make_env("Hopper-v4", seed=0)), np.random.default_rng(0), 1)
+def test_a_function_that_says_something_else_than_the_environment_is_found(name, wrong):
+    """In the first steps of a run, where those of its first reset did not show it (tests/test_compare.py)."""
+    env = ReplayableEnv(make_env("Hopper-v4", seed=0))
+    env.reset()
+    setattr(env._comparison, name, wrong)
+    with pytest.raises(Fault, match="of common/rewards.py (says .* where Hopper-v4 gives|returns the shape)"):
+        drive(env, np.random.default_rng(0), 1)
 
 
 @pytest.mark.parametrize("env_id", REWARDS)
 def test_the_functions_we_have_say_what_the_environment_says(env_id):
     env = ReplayableEnv(make_env(env_id, seed=0))
     drive(env, np.random.default_rng(0), ReplayableEnv.COMPARED + 1)
-    assert env._left == 0
+    assert env._left < 0
 
 
 def test_an_environment_named_with_its_module_is_compared_and_one_without_functions_is_not(monkeypatch):
     env_id = "gymnasium:MountainCarContinuous-v0"
     drive(ReplayableEnv(make_env(env_id, seed=0)), np.random.default_rng(0), 2)
     monkeypatch.setitem(REWARDS, env_id, REWARDS["InvertedPendulum-v4"])
-    with pytest.raises(Fault, match="one of common/rewards.py"):
+    with pytest.raises(BadInput, match="one of common/rewards.py"):
         drive(ReplayableEnv(make_env(env_id, seed=0)), np.random.default_rng(0), 1)
