@@ -154,7 +154,7 @@ class Args:
     - Pendulum-v1, 3,000 steps: 4 to 5 minutes, -136 to -109 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 55 to 89 minutes, 1929 to 4940 (3 seeds)
       with --accelerate compile
-    - Pusher-v4, 10,000 steps: 64 to 75 minutes, -47 to -43 (2 seeds)
+    - Pusher-v4, 10,000 steps: 64 to 77 minutes, -47 to -37 (3 seeds)
 
     Run again with a later revision, one seed of the pendulum ended at -813. The paper preset takes a core
     more than two days on HalfCheetah-v4. What it returns after its 100,000 steps is not known, as no such run
