@@ -6,8 +6,9 @@
 obs and next_obs are (..., ds), action is (..., da) in [-1, 1]. To add an environment, write its two functions
 and name them in REWARDS and TERMINATIONS at the end. They keep some rules, because a critic differentiates
 them: any leading shape, nothing in place, no branch on a value, a finite gradient everywhere (a step such as
-"alive" has the gradient 0). The formulas follow Gymnasium's source, envs/mujoco/*_v4.py and *_v5.py and
-envs/classic_control/, and that of Wang et al. 2019.
+"alive" has the gradient 0). common/compare.py checks this before a run and in its first steps. The formulas
+follow Gymnasium's source, envs/mujoco/*_v4.py and *_v5.py and envs/classic_control/, and that of Wang et al.
+2019.
 
 In the runners' next_obs the index 0 is the mean x velocity, so Gymnasium's own index i is i + 1 here.
 """
