@@ -127,7 +127,7 @@ class Args:
     - Pendulum-v1, 3,000 steps: 3 to 4 minutes, -701 to -108 (5 seeds)
     - HalfCheetah-v4, 10,000 steps: 41 to 89 minutes, 1554 to 2228 (3 seeds)
       with --accelerate compile
-    - Pusher-v4, 10,000 steps: 66 to 92 minutes, -83 to -42 (2 seeds)
+    - Pusher-v4, 10,000 steps: 66 to 92 minutes, -83 to -42 (3 seeds)
 
     Four seeds of the pendulum end above -150. The paper preset takes a core about a day and a half on
     HalfCheetah-v4. What it returns after its 100,000 steps is not known, as no such run has been taken to its
