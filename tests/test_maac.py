@@ -282,6 +282,7 @@ def test_imagined_data_continue_until_they_end_and_wrap_round():
     assert (next_obs == obs + 100).all() and (reward == obs[:, :1]).all() and (action == 0.5).all()
     starts, expected = obs[:, 0].view(4, 5), torch.tensor([0.0, 100, 200, 0])
     assert ((starts // 100 * 100) == expected[:, None]).all()
+    assert starts[0].max() > 0 and starts[3].max() > 0  # states of D_env, before and after an end
     assert terminated.view(4, 5).sum(1).tolist() == [0, 0, 5, 0]
     maac_sac.imagine_data(Push(), step, real, imagined, 5, 2)
     assert imagined.added == 30 and imagined.size == 25
@@ -335,8 +336,8 @@ def test_a_search_starts_with_the_trajectory_of_the_policy():
 def test_a_search_moves_nine_tenths_of_the_way_to_its_elites(monkeypatch):
     """Two candidates with noise of 0.5 and 1, of which the larger action is better, and one elite.
 
-    The mean is 0 and becomes 0.9, the variance 1 and becomes 0.1: an elite alone has none. In the second
-    round the better one is 0.9 + sqrt(0.1), of which nine tenths and a tenth of 0.9 make the plan.
+    The mean is 0 and becomes 1.8, the deviation 2 and becomes sqrt(0.4): an elite alone has none. In the
+    second round the better one is 1.8 + sqrt(0.4), of which nine tenths and a tenth of 1.8 make the plan.
     """
     noise = torch.tensor([0.5, 1.0]).view(1, 2, 1, 1)
     monkeypatch.setattr(torch, "randn", lambda *size, device: noise)
@@ -348,31 +349,35 @@ def test_a_search_moves_nine_tenths_of_the_way_to_its_elites(monkeypatch):
 
     class Policy:
         def gaussian(self, obs):
-            return torch.zeros(len(obs), 1), torch.ones(len(obs), 1)
+            return torch.zeros(len(obs), 1), torch.full((len(obs), 1), 2.0)
 
         def __call__(self, obs):
             return torch.zeros(len(obs), 1)
 
     plan = maac_sac.plan_action(Policy(), nothing, step, torch.zeros(1, 2), DISCOUNT, 1, 2, 2, 1)
-    expected = 0.1 * 0.9 + 0.9 * (0.9 + math.sqrt(0.1))
+    expected = 0.1 * 1.8 + 0.9 * (1.8 + math.sqrt(0.4))
     torch.testing.assert_close(plan, torch.tensor([[expected]]).tanh())
 
 
 def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination():
-    """The action is the next state. It ends, for -(a - 0.2)^2, or the smaller of s and 1 - s counts."""
+    """From 0 the next state is the action, and then half the state as well.
+
+    Where the first step ends the episode, for -(a - 0.2)^2, what would be paid later counts for nothing. Where
+    it does not, the smaller of s and 1 - s counts.
+    """
     actor, obs = LinearActor(std=0.7), torch.zeros(1, 2, dtype=torch.float64)
 
     def critic(obs, action):
         return torch.stack([obs[:, 0], 1 - obs[:, 0]])
 
-    for ends, horizon, best in ((True, 1, 0.2), (True, 2, 0.2), (False, 1, 0.5)):
+    for ends, horizon, best in ((True, 1, 0.2), (True, 2, 0.2), (True, 3, 0.2), (False, 1, 0.5)):
         seen = []
 
         def step(obs, action, ends=ends, seen=seen):
             seen.append(action)
             first = (obs[:, :1] == 0) * -((action - 0.2) ** 2) + 100 * obs[:, :1]
-            ended = torch.full((len(obs),), ends)
-            return first[:, 0] * ends, action.expand(-1, 2), ended
+            ended = ends & (obs[:, 0] == 0)  # in the first step only
+            return first[:, 0] * ends, action + obs / 2, ended
 
         plan = maac_sac.plan_action(actor, critic, step, obs, DISCOUNT, horizon, 500, 10, 25)
         assert plan.item() == pytest.approx(best, abs=0.02)
