@@ -362,8 +362,8 @@ def test_a_search_moves_nine_tenths_of_the_way_to_its_elites(monkeypatch):
 def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination():
     """From 0 the next state is the action, and then half the state as well.
 
-    Where the first step ends the episode, for -(a - 0.2)^2, what would be paid later counts for nothing. Where
-    it does not, the smaller of s and 1 - s counts.
+    Where the first step ends the episode, for -(a - 0.2)^2, what would be paid later counts for nothing.
+    Where it does not, the smaller of s and 1 - s counts.
     """
     actor, obs = LinearActor(std=0.7), torch.zeros(1, 2, dtype=torch.float64)
 
