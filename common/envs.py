@@ -240,7 +240,7 @@ class ReplayableEnv(gym.Wrapper):
             ended = [any(self.step(action)[2:4]) for action in state["actions"].numpy()]
             same = self._length == state["length"] and self.obs.tolist() == state["obs"]
             repeated = same and not any(ended)
-            reason = "it is not the same when it is repeated: the environment has changed, or always does"
+            reason = "it is not the same when repeated: the environment has changed, or differs each time"
         except Fault as error:
             repeated, reason = False, str(error)
         if not repeated:
