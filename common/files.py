@@ -147,7 +147,8 @@ def loading(path):
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, (BadInput, Fault)) or memory_is_full(error):  # these say more
             raise
-        raise BadInput(f"{path} does not fit these networks ({one_line(error)}).") from None
+        why = f"the script or the environment has changed since ({one_line(error)})"
+        raise BadInput(f"{path} does not fit these networks: {why}.") from None
 
 
 def provenance():

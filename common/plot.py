@@ -73,7 +73,8 @@ def main(args):
     columns = min(len(found), 3)
     figure, panels = plt.subplots(-(-len(found) // columns), columns, squeeze=False, layout="constrained")
     entries = 1  # lines of the longest legend
-    print("| environment | run | seeds | at the end | highest evaluation of the mean, +- std over seeds |")
+    print(f"| environment | run | seeds | {args.statistic} at the end, with its 95% interval "
+          "| highest evaluation of the mean, +- std over seeds |")
     print("|---|---|---|---|---|")
     for panel, (env_id, runs) in zip(panels.flat, found.items(), strict=False):
         far, floor, ceiling = 0.0, np.inf, -np.inf
