@@ -95,7 +95,7 @@ class Args:
     - HalfCheetah-v4, 10,000 steps: 11 to 19 minutes, 9 to 922 (3 seeds)
     - Pusher-v4, 10,000 steps: 14 to 16 minutes, -199 to -84 (3 seeds)
 
-    The paper preset takes a core about an hour and a half on HalfCheetah-v4, with one update a step. What it
+    The paper preset takes a core more than an hour on HalfCheetah-v4, with one update a step. What it
     returns after its 100,000 steps is not known, as no such run has been taken to its end.
     """
 
@@ -137,7 +137,7 @@ class Args:
 # The paper has smaller settings for the two tasks of classic control, the pendulum and the cart-pole.
 PAPER_CLASSIC = dict(learning_starts=100, batch_size=512, actor_hidden=128)
 # The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
-# core needs minutes for classic control and about an hour for a robot.
+# core needs minutes, for a robot too.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
 LAPTOP_CLASSIC = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}

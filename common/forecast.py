@@ -6,7 +6,7 @@ WARM_UP = 10  # steps of learning before the clock starts: the first updates set
 LEAST = 5.0  # seconds of learning that are measured
 SOON = 90.0  # a run that ends within so many seconds needs no sentence
 MANY = 10_000  # updates from which on a CPU is warned of the paper's sizes
-INSTEAD = "--preset laptop takes minutes, or about an hour for a robot."
+INSTEAD = "--preset laptop takes minutes, or with a model about an hour for a robot."
 
 
 class Forecast:
