@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, read without executing anything; and what made them."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -151,8 +152,30 @@ def loading(path):
         raise BadInput(f"{path} does not fit these networks: {why}.") from None
 
 
-def provenance():
-    """What decides, beside the arguments, which numbers come out: versions, git revision (or None)."""
+def digests(script):
+    """{a script, and common/: the first letters of the SHA-256 of what is in it}: git may not know either."""
+    parts = {Path(script).name: [script], "common/": sorted(Path(__file__).parent.glob("*.py"))}
+    whole = {name: b"".join(Path(path).read_bytes() for path in paths) for name, paths in parts.items()}
+    return {name: hashlib.sha256(code).hexdigest()[:12] for name, code in whole.items()}
+
+
+def copy_code(script, folder, step):
+    """Puts a script's text beside its run; one that is there and has another text stays, under a new name."""
+    path, code = folder / script.name, script.read_bytes()
+    if not path.exists() or path.read_bytes() != code:
+        write_whole(path, lambda file: file.write(code), keep=f"{script.stem}.until-step-{step}.py")
+
+
+def changes(then, now):
+    """What may change the numbers between two starts of a run, in words; "" if nothing does."""
+    then, now = (start["versions"] | {"revision": start["revision"]} | start.get("code", {})
+                 for start in (then, now))  # fmt: skip
+    differ = [name for name in now if now[name] != then.get(name, now[name])]
+    return ", ".join(f"{name} {then[name]} is now {now[name]}" for name in differ)
+
+
+def provenance(script):
+    """What decides, beside the arguments, which numbers come out: versions, git revision (or None), code."""
     versions = {m.__name__: str(m.__version__) for m in (torch, gymnasium, mujoco, np)}
     versions["python"] = platform.python_version()
     git = ["git", "describe", "--always", "--dirty"]
@@ -160,4 +183,4 @@ def provenance():
         found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed
         found = ""
-    return dict(versions=versions, revision=found or None)
+    return dict(versions=versions, revision=found or None, code=digests(script))

@@ -3,7 +3,8 @@
 The folder holds args.json (arguments, versions, device), eval.csv (a line per evaluation), train.csv (means
 of what was recorded since the line before), TensorBoard events, checkpoint.pt (everything that the run is)
 and checkpoint.previous.pt, the one before. policy.pt and best.pt are small: the networks of the last
-checkpoint and of the best evaluation. The process that has the folder open holds a lock on `lock`.
+checkpoint and of the best evaluation. A copy of the script says what was run. The process that has the
+folder open holds a lock on `lock`.
 """
 
 import dataclasses
@@ -37,12 +38,13 @@ class Run:
     """A context around the training loop. `state` is all that a run is: {name: object with state_dict()}."""
 
     def __init__(self, args, script, state, device):
-        self.args, self.script, self.state, self.device = args, Path(script).name, state, device
+        self.args, self.state, self.device = args, state, device
+        self.source, self.script = Path(script), Path(script).name
         self.folder = files.run_folder(args, script)
         self.step, self.saved_step, self.seconds, self.stop = 0, 0, 0.0, None
         self.last_return, self.best_return = math.nan, -math.inf
         self.tables = {"eval": [], "train": []}  # the rows of the CSV files
-        self.starts = []  # one entry for each time the run was started: step, versions, revision
+        self.starts = []  # one entry for each time the run was started: step, versions, code
         self.pending, self.sums, self.counts = {}, {}, {}  # records: on the device; for train.csv's next line
         nets = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
         self.nets = {name: net for name, net in nets.items() if list(net.parameters())}
@@ -68,7 +70,7 @@ class Run:
         if rest := self.args.total_timesteps % self.args.eval_every:
             say("--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv will be "
                 f"about the last {rest} steps")  # fmt: skip
-        self.starts.append({"step": self.step, **files.provenance()})
+        self.starts.append({"step": self.step, **files.provenance(self.source)})
         for name, rows in self.tables.items():  # what came after the checkpoint comes again
             if rows:
                 files.write_table(self.folder / f"{name}.csv", rows)
@@ -86,6 +88,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # no other one may handle signals
             for number in stop_signals():
                 at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
+        files.copy_code(self.source, self.folder, self.step)
         self.write_args()  # the last thing: a start that fails leaves no run behind
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
@@ -236,22 +239,19 @@ class Run:
         path = files.newest(self.folder)
         whole = files.read_checkpoint(path)
         on_gpu = ("cuda_rng",) if self.device.type == "cuda" else ()
+        if whole.get("script", self.script) != self.script:
+            raise BadInput(f"--resume: {self.folder} is a run of {whole['script']}: use that script, or give "
+                           "another --run-dir.")  # fmt: skip
         parts = ("script", "device", "seconds", "rng", *on_gpu, *SAVED, *self.state)
         if missing := [name for name in parts if name not in whole]:
             raise BadInput(f"--resume: {path} has no {missing[0]}, another script or another version of it "
                            "wrote it: use the one that args.json names, or another --run-dir.")  # fmt: skip
         if whole["device"] != self.device.type:
             raise BadInput(f"--resume: {self.folder} was run with --device {whole['device']}: use that.")
-        if whole["script"] != self.script:
-            raise BadInput(f"--resume: {self.folder} is a run of {whole['script']}: use that script, or give "
-                           "another --run-dir.")  # fmt: skip
         others = changed(whole["args"], dataclasses.asdict(self.args), self.args)
         if differ := ", ".join(f"{flag(name)} {then} is now {now}" for name, (then, now) in others.items()):
             raise BadInput(f"--resume: {self.folder} was started with other settings ({differ}).")
-        starts = whole["starts"][-1], files.provenance()
-        then, now = (start["versions"] | {"revision": start["revision"]} for start in starts)
-        names = [name for name in now if now[name] != then.get(name)]
-        if differ := ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in names):
+        if differ := files.changes(whole["starts"][-1], files.provenance(self.source)):
             say(f"--resume: {differ}; from here on the numbers may be others.")
         with files.loading(path):
             for name, part in self.state.items():

@@ -59,7 +59,7 @@ def describe_card(_, device):
         row |= dict(name=card.name, cuda=torch.version.cuda, capability=f"{card.major}.{card.minor}",
                     memory_gib=round(card.total_memory / 2**30, 1))  # fmt: skip
     with contextlib.suppress(ImportError):  # what the other parts need may be missing
-        row |= importlib.import_module("common.files").provenance()
+        row |= importlib.import_module("common.files").provenance(__file__)
     tell(**row)
 
 
