@@ -478,7 +478,7 @@ def descend(optimizer, loss):
     """One step of the optimiser's parameters alone; returns the norm of their gradient before clipping."""
     # A loss may reach networks that are not to be trained by it, such as the critic in the actor's loss.
     # `inputs` keeps the gradient from being stored in any of them.
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)

@@ -1,12 +1,20 @@
-"""Sweeps: every script on every environment with every seed, each run a process of its own.
+r"""Sweeps: every script on every environment with every seed, each run a process of its own.
 
     python -m common.benchmark --scripts td3 mage_td3 --env-ids Pendulum-v1 --seeds 5 -- --preset laptop
 
-What stands after `--` goes to every script. Runs that are finished are skipped, interrupted ones go on: the
-same command may be given again at any time. The output of a run is in its folder's name with .log at the end.
-SIGINT (Ctrl-C) and SIGTERM let the runs save and end; the second one ends them at once.
-As many runs go at a time as this process may use cores, less with more --threads, and on a GPU at most four.
-A run starts in the folder that you are in and finds the modules there, as `--env-ids mine:Point-v0` needs.
+What stands after `--` goes to every script; the word {script} in it becomes the script's name, so that
+`--exp-name {script}-b` gives each its own. Several values of a flag are several sweeps:
+
+    for lam in 0.05 0.2; do
+        python -m common.benchmark --scripts mage_td3 --env-ids Pendulum-v1 --seeds 5 -- \
+            --preset laptop --lam $lam --exp-name lam-$lam
+    done
+
+Runs that are finished are skipped, interrupted ones go on: the same command may be given again at any time.
+The output of a run is in its folder's name with .log at the end. SIGINT (Ctrl-C) and SIGTERM let the runs
+save and end; the second one ends them at once. As many runs go at a time as this process may use cores, less
+with more --threads, and on a GPU at most four. A run starts in the folder that you are in and finds the
+modules there, as `--env-ids mine:Point-v0` needs.
 
 With --ray the runs go to a Ray cluster (`pip install ray`; "local" starts one here), where they write into a
 folder of their own, and their CSV files and args.json come back here. A machine of the cluster sees what lies
@@ -29,21 +37,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from common import BadInput, say
 from common.args import MAY_CHANGE, changed, check, flag, one_sentence, parse_args, stop_signals
 from common.envs import make_env
-from common.files import newest, read_run, run_folder
+from common.files import digests, newest, read_run, run_folder
+from common.machine import RUNS_PER_GPU, at_a_time, cores, gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 COME_BACK = ("args.json", "eval.csv", "train.csv")
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # in a container: microseconds it may use, and of how many
-# Small networks leave a GPU idle much of the time, so a few runs share it well; but they take turns on it and
-# each keeps some hundred MB there for CUDA alone, so many would only wait. Four is a guess, not measured.
-RUNS_PER_GPU = 4
 OURS = ("--env-id", "--seed", "--run-dir", "--resume", "--no-resume")  # a sweep sets them for each run
 
 
@@ -84,13 +88,19 @@ def plan(args, flags):
     # A run looks there first; the folder that we are in may have a td3.py too.
     sys.path[:] = dict.fromkeys([str(ROOT), *sys.path])
     modules = [importlib.import_module(script) for script in scripts]
+    for module in modules:
+        if not all(hasattr(module, name) for name in ("Args", "PRESETS", "train")):
+            lacks = "it has no Args, PRESETS and train, as td3.py has them"
+            raise BadInput(f"--scripts {module.__name__}: {lacks}: name scripts that train.")
     for env_id in args.env_ids:
         make_env(env_id).close()
         if args.ray:
             check_that_it_travels(env_id)
     jobs = {}
     for module, env_id, seed in itertools.product(modules, args.env_ids, range(args.seeds)):
-        argv, script = ["--env-id", env_id, "--seed", str(seed), *flags], module.__name__
+        script = module.__name__
+        own = [word.replace("{script}", script) for word in flags]
+        argv = ["--env-id", env_id, "--seed", str(seed), *own]
         chosen = parse_args(module.Args, module.PRESETS, argv)
         if ":" in chosen.device:
             raise BadInput(f"--device {chosen.device} after --: give cuda; a sweep spreads its runs over the "
@@ -100,7 +110,8 @@ def plan(args, flags):
         folder = run_folder(chosen, script)
         if folder in jobs:
             other = jobs[folder].script
-            fix = "leave --exp-name out" if script != other else "name each once in --scripts and --env-ids"
+            fix = "name each once in --scripts and --env-ids"
+            fix = fix if script == other else "leave --exp-name out, or write {script} in it"
             raise BadInput(f"{other} and {script} would share {folder}: {fix}.")
         jobs[folder] = Job(script, argv, str(folder.absolute()), asdict(chosen))
     return list(jobs.values())
@@ -127,36 +138,12 @@ def finished(job, on_cluster):
         names = ", ".join(map(flag, others))
         raise BadInput(f"{job.folder} holds a run with other settings ({names}): give another --exp-name.")
     done = run["step"] >= job.settings["total_timesteps"]
+    made = run.get("starts", [{}])[-1].get("code", {}).get(script)
+    if done and made not in (None, digests(ROOT / script)[script]):
+        say(f"{job.folder} is of another {script} than today's: another --exp-name makes a new run.")
     if on_cluster and not done and newest(job.folder):
         raise BadInput(f"{job.folder} holds a run of this machine: finish it without --ray.")
     return done
-
-
-def cores():
-    """How many cores this process may use: taskset, SLURM or a container may give it fewer than there are."""
-    allowed = [getattr(os, "process_cpu_count", os.cpu_count)() or 1]  # Python 3.13 has the former
-    allowed += [len(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else []
-    if share := os.environ.get("SLURM_CPUS_PER_TASK"):
-        if not share.isdigit():
-            raise BadInput(f"SLURM_CPUS_PER_TASK={share} is no number: unset it, or give --workers.")
-        allowed.append(int(share))
-    if CPU_MAX.exists() and (quota := CPU_MAX.read_text().split())[0] != "max":
-        allowed.append(int(quota[0]) // int(quota[1]))
-    return max(1, min(allowed))
-
-
-def gpus(jobs):
-    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES has them; none if the runs do not use any."""
-    used = torch.cuda.is_available() and any(job.settings["device"] != "cpu" for job in jobs)
-    count = torch.cuda.device_count() if used else 0
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return names.split(",")[:count]
-
-
-def at_a_time(jobs):
-    """How many of these runs this machine has room for."""
-    room = cores() // max((job.settings["threads"] for job in jobs), default=1)
-    return max(1, min(room, RUNS_PER_GPU * len(gpus(jobs)) or room))
 
 
 def start(job, folder, log, gpu=None):

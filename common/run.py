@@ -256,7 +256,8 @@ class Run:
         with files.loading(path):
             for name, part in self.state.items():
                 if isinstance(part, torch.optim.Optimizer):  # --accelerate decides where steps are counted
-                    whole[name]["param_groups"][0]["capturable"] = part.param_groups[0]["capturable"]
+                    for old, new in zip(whole[name]["param_groups"], part.param_groups, strict=True):
+                        old |= {key: new[key] for key in ("capturable",) if key in new}
                 part.load_state_dict(whole[name])
         for name in ("seconds", *SAVED):
             setattr(self, name, whole[name])

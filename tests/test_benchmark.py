@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 from filelock import FileLock
 
 import common.benchmark
+import common.machine
 from common import BadInput
 from common.args import parse_args
-from common.benchmark import Job, finished, main, on_this_machine, why_failed
+from common.benchmark import Job, finished, main, on_this_machine, plan, why_failed
+from common.files import digests
 from tests.conftest import ROOT, checkpoint, script, tiny, train
 
 FLAGS = [word for word in tiny("td3", total_timesteps=40) if word not in ("--env-id", "Pendulum-v1")]
@@ -144,6 +147,23 @@ def test_a_failure_is_said_in_the_words_of_the_run(said, reason):
     assert why_failed(process, len(before), "log") == f"{reason} (exit code 3)"
 
 
+def test_each_script_of_a_sweep_may_have_its_own_name():
+    argv = ["--scripts", "td3", "mage_td3", *SWEEP[2:4], "--seeds", "1"]
+    jobs = plan(tyro.cli(common.benchmark.Args, args=argv), ["--exp-name", "{script}-b", *FLAGS])
+    assert [Path(job.folder).parts[-2] for job in jobs] == ["td3-b", "mage_td3-b"]
+
+
+def test_a_finished_run_of_another_code_is_said(capsys):
+    Path("run").mkdir()
+    job = Job("td3", [], "run", dataclasses.asdict(script("td3").Args()) | dict(total_timesteps=20))
+    another = {"td3.py": "0"}, "run is of another td3.py than today"
+    for code, said in ((digests(ROOT / "td3.py"), ""), another):
+        told = dict(script="td3.py", args=job.settings, step=20, starts=[{"code": code}])
+        Path("run/args.json").write_text(json.dumps(told))
+        assert finished(job, on_cluster=False)
+        assert said in (stderr := capsys.readouterr().err) and bool(said) == bool(stderr)
+
+
 def test_one_failure_does_not_stop_the_others(capsys):
     Path("runs/Pendulum-v1/td3").mkdir(parents=True)
     Path("runs/Pendulum-v1/td3/seed-0").write_text("a file is in the way")
@@ -161,12 +181,18 @@ def test_one_failure_does_not_stop_the_others(capsys):
     (["--scripts", "--env-ids", "Pendulum-v1"], "--scripts: name"),
     (["--scripts", "td3", "--env-ids", "Pendulm-v1"], "Pendulm-v1"),
     (["--scripts", "td3", "td3.py", *SWEEP[2:]], "td3 and td3 would share .*seed-0: name each once"),
-    (["--scripts", "td3", "mage_td3", *SWEEP[2:], "--", "--exp-name", "x"], "td3 and mage_td3 .*--exp-name"),
+    (["--scripts", "td3", "mage_td3", *SWEEP[2:], "--", "--exp-name", "x"], "td3 and mage_td3 .*{script}"),
+    (["--scripts", "dull", *SWEEP[2:]], "--scripts dull: it has no Args"),
     ([*SWEEP, "--", "--seed", "4"], "--seed after --"), ([*SWEEP, "--", "--seed=4"], "--seed after --"),
     ([*SWEEP, "--", "--env_id", "X"], "--env-id after --"), ([*SWEEP, "--", "--resume"], "--resume after --"),
     ([*SWEEP, "--", "--gamma", "2"], "--gamma 2"), ([*SWEEP, "--", "--batch-size", "0"], "--batch-size 0"),
 ])  # fmt: skip
-def test_bad_input_is_refused_before_anything_runs(argv, hint):
+def test_bad_input_is_refused_before_anything_runs(argv, hint, monkeypatch, tmp_path):
+    (folder := tmp_path / "scripts").mkdir()
+    for path in ROOT.glob("*.py"):
+        (folder / path.name).symlink_to(path)
+    (folder / "dull.py").write_text("print('no script that trains')")
+    monkeypatch.setattr(common.benchmark, "ROOT", folder)
     with pytest.raises(BadInput, match=hint) as refused:
         main(argv)
     assert len(str(refused.value).splitlines()) == 1 and not Path("runs").exists()
@@ -331,7 +357,7 @@ def machine(monkeypatch, tmp_path):
         did["workers"] = workers
         return on_this_machine(jobs, workers, signals)
 
-    monkeypatch.setattr(common.benchmark, "CPU_MAX", tmp_path / "cpu.max", raising=False)
+    monkeypatch.setattr(common.machine, "CPU_MAX", tmp_path / "cpu.max", raising=False)
     for name in ("SLURM_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     return look

@@ -432,7 +432,8 @@ def test_descend_clips_by_value_and_leaves_other_networks_alone():
     mine, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     before = copy.deepcopy(mine)
     loss = (100 * mine(torch.ones(1, 2)) + other(torch.ones(1, 2))).sum()
-    norm = td3.descend(torch.optim.SGD(mine.parameters(), 1.0), loss)
+    groups = [{"params": [parameter]} for parameter in mine.parameters()]  # as for weights without decay
+    norm = td3.descend(torch.optim.SGD(groups, 1.0), loss)
     assert norm == pytest.approx(np.sqrt(3) * 100)
     assert all(torch.allclose(p, q - 5) for p, q in zip(mine.parameters(), before.parameters(), strict=True))
     assert all(p.grad is None for p in other.parameters())
