@@ -1,5 +1,6 @@
 """The command line: presets, checks, exit codes. Bad input ends in one sentence before anything exists."""
 
+import collections
 import dataclasses
 import inspect
 import json
@@ -37,6 +38,29 @@ MEMORY = ("buffer_size", "model_buffer_size", "rollouts", "batch_size", "num_sam
           "reward_hidden", "reward_layers", "eval_episodes")  # fmt: skip
 
 
+# Flags that do nothing beside others: (which, when, as said)
+MODEL = ("ensemble_size", "model_hidden", "model_layers", "model_lr", "model_train_every", "model_batches")
+IDLE = [
+    (("reward_hidden", "reward_layers"), lambda a: a["learned_reward"] is False, "without --learned-reward"),
+    (MODEL, lambda a: a["oracle_dynamics"] and not a["learned_reward"], "with --oracle-dynamics"),
+    (("steve_horizon",), lambda a: a["steve"] is False, "with --no-steve"),
+    (("num_samples",), lambda a: a["horizon"] == 0, "with --horizon 0"),
+    (("rollouts", "rollout_growth", "rollout_length", "model_buffer_size"),
+     lambda a: a["real_ratio"] == 1, "with --real-ratio 1"),
+    (MODEL, lambda a: a["horizon"] == 0 and not a["steve"] and a["real_ratio"] == 1,
+     "with --horizon 0 --no-steve --real-ratio 1, which use no model"),
+    (("noise_clip",), lambda a: a["target_noise"] == 0, "with --target-noise 0"),
+    (("eval_max_steps",), lambda a: a["eval_episodes"] == 0, "with --eval-episodes 0"),
+]  # fmt: skip
+
+
+def idle(args, default):
+    """Sentences about flags that differ from their default and do nothing beside the others."""
+    now, before = collections.defaultdict(lambda: None, vars(args)), vars(default)
+    return [f"{flag(name)} {now[name]} has no effect {why}" for names, holds, why in IDLE for name in names
+            if name in before and now[name] != before[name] and holds(now)]  # fmt: skip
+
+
 def parse_args(Args, presets, argv=None):
     """Command line -> Args. The preset is read first and sets the defaults, so a flag that is given wins.
 
@@ -52,14 +76,25 @@ def parse_args(Args, presets, argv=None):
     chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
     default = Args(env_id=first.env_id, preset=first.preset, **chosen)
     if first.resume:
-        saved = read_args(run_folder(first, script), script)
+        folder = run_folder(first, script)
+        if first.run_dir and not folder.exists() and "--env-id" not in map(flag_of, argv):
+            fix = "mend --run-dir, or give --env-id to begin a run there"
+            raise BadInput(f"--resume: there is no {folder}: {fix}.")
+        saved = read_args(folder, script)
         names = saved.keys() & dataclasses.asdict(default).keys() - {"run_dir", "resume"}
         default = dataclasses.replace(default, **{name: saved[name] for name in names})
-    return tyro.cli(Args, prog=script, args=argv, default=default)
+    args = tyro.cli(Args, prog=script, args=argv, default=default)
+    args.remarks = idle(args, default)  # no setting, but something for the run to say when it begins
+    return args
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+def flag_of(word):
+    """The flag in a word of a command line, in the spelling of --help: "--env_id=X" is --env-id."""
+    return word.split("=")[0].replace("_", "-")
 
 
 def changed(saved, settings, Args):
@@ -146,6 +181,9 @@ def one_sentence():
     with redirect_stdout(Lenient(sys.stdout)), redirect_stderr(Lenient(sys.stderr)):
         try:
             yield
+        except KeyboardInterrupt:  # before a run listens for it, or where there is none
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except (BadInput, Fault) as error:
             if isinstance(error, Fault) and error.__cause__:  # somebody's environment failed: where?
                 traceback.print_exception(error.__cause__)

@@ -41,7 +41,7 @@ import tyro
 from tqdm import tqdm
 
 from common import BadInput, say
-from common.args import MAY_CHANGE, changed, check, flag, one_sentence, parse_args, stop_signals
+from common.args import MAY_CHANGE, changed, check, flag, flag_of, one_sentence, parse_args, stop_signals
 from common.envs import make_env
 from common.files import digests, newest, read_run, run_folder
 from common.machine import RUNS_PER_GPU, at_a_time, cores, gpus
@@ -78,7 +78,7 @@ def plan(args, flags):
     for name in ("seeds", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give at least 1.")
-    for name in [word.split("=")[0].replace("_", "-") for word in flags]:
+    for name in map(flag_of, flags):
         if name in OURS:
             raise BadInput(f"{name} after --: leave it out, it comes from --env-ids, --seeds and --exp-name.")
     scripts = [script.removesuffix(".py") for script in args.scripts]
@@ -150,7 +150,7 @@ def start(job, folder, log, gpu=None):
     """Starts a job's script, its run in `folder`: -> its process, and where in the log its output begins."""
     command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv, "--run-dir", folder, "--resume"]
     # On resume a flag that is not given is as the run has it. This sweep may have planned something else.
-    given = {*OURS, "--exp-name", *(word.split("=")[0].replace("_", "-") for word in job.argv)}
+    given = {*OURS, "--exp-name", *map(flag_of, job.argv)}
     for name in [name for name in MAY_CHANGE if name in job.settings and flag(name) not in given]:
         command += [flag(name), str(job.settings[name])]
     # The check found the modules of environments in the current folder too: `python -m` looks there.
@@ -271,8 +271,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        with one_sentence():
-            sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with one_sentence():
+        sys.exit(main(sys.argv[1:]))

@@ -28,7 +28,9 @@ class Forecast:
         self.told = False
 
     def warn(self):
-        """Says before a run begins that nothing will be learned, or what the paper's sizes mean on a CPU."""
+        """Says before a run begins what the user may not have meant, such as the paper's sizes on a CPU."""
+        for remark in getattr(self.args, "remarks", ()):  # of parse_args
+            say(remark)
         total, first = self.args.total_timesteps, self.args.learning_starts
         if total <= first:
             say(f"--total-timesteps {total}: nothing is learned, as the first {first} steps are random "

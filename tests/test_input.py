@@ -230,7 +230,44 @@ def test_runs_of_one_name_and_seed_share_a_folder(refused, monkeypatch):
     assert Path("runs/Pendulum-v1/other/seed-3/eval.csv").exists()
 
 
+# --- flags without effect -----------------------------------------------------------------------------------
+IDLE = [
+    ("mage_td3", {"reward_hidden": 7}, {}, "without --learned-reward"),
+    ("mage_td3", {"reward_hidden": 7}, {"learned_reward": True}, None),
+    ("dyna_td3", {"model_hidden": 7}, {"oracle_dynamics": True}, "with --oracle-dynamics"),
+    ("dyna_td3", {"model_lr": 7}, {"oracle_dynamics": True, "learned_reward": True}, None),
+    ("maac_sac", {"steve_horizon": 3}, {"steve": False}, "with --no-steve"),
+    ("maac_sac", {"steve_horizon": 3}, {}, None),
+    ("maac_sac", {"num_samples": 7}, {"horizon": 0}, "with --horizon 0"),
+    ("maac_sac", {"rollouts": 77}, {"real_ratio": 1}, "with --real-ratio 1"),
+    ("maac_sac", {"model_lr": 7}, SAC, "with --horizon 0 --no-steve --real-ratio 1"),
+    ("maac_sac", {"model_lr": 7}, {"horizon": 0, "real_ratio": 1}, None),
+    ("td3", {"noise_clip": 7}, {"target_noise": 0}, "with --target-noise 0"),
+    ("td3", {"eval_max_steps": 7}, {"eval_episodes": 0}, "with --eval-episodes 0"),
+]
+
+
+@pytest.mark.parametrize("name, given, beside, why", IDLE)
+@pytest.mark.parametrize("preset", ["paper", "laptop"])
+def test_a_flag_without_effect_is_said(name, given, beside, why, preset):
+    module, argv = script(name), ["--env-id", "Pendulum-v1", "--preset", preset]
+    assert parse_args(module.Args, module.PRESETS, argv + words(beside)).remarks == []
+    remarks = parse_args(module.Args, module.PRESETS, argv + words(beside | given)).remarks
+    ((field, value),) = given.items()
+    said = [f"{flag(field)} {float(value) if 'lr' in field or 'clip' in field else value} has no effect {why}"]
+    assert [remark.split(", which")[0] for remark in remarks] == (said if why else [])
+
+
+def test_it_is_said_when_the_run_begins(capsys):
+    train("td3", "run", target_noise=0, noise_clip=0.4)
+    assert "--noise-clip 0.4 has no effect with --target-noise 0\n" in capsys.readouterr().err
+
+
 # --- resume -------------------------------------------------------------------------------------------------
+def test_a_folder_that_does_not_exist_is_not_begun_by_mistake(refused):
+    refused("td3", ["--run-dir", "sead-0", "--resume"], "--resume: there is no sead-0:", "--env-id")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_is_resumed_with_its_own_settings(name, refused):
     train(name, "run", total_timesteps=0)
