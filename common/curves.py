@@ -58,13 +58,25 @@ def identity(run):
     return env_id, (name, str(folder), made)
 
 
+def recorded(rows, file, column):
+    """The rows of an eval.csv, with a column of the train.csv beside it if they have none of that name."""
+    beside = file.with_name("train.csv")
+    if not rows or column in rows[0] or file.name != "eval.csv" or not beside.is_file():
+        return rows
+    means = {row["step"]: row for row in csv.DictReader(beside.read_text().splitlines())}
+    if not any(column in row for row in means.values()):
+        return rows
+    # Nothing is recorded at step 0, and little while actions are random.
+    return [row | {column: means.get(row["step"], {}).get(column) or "nan"} for row in rows]
+
+
 def read(paths, column="return_mean"):
     """-> {env_id: {name: [(steps, values, seconds) of each seed]}}, arrays (evaluations,), NaN: a gap."""
     found = {}
     for file in find(paths):
         try:
             table = csv.DictReader(file.read_text().splitlines())
-            rows = list(table)
+            rows = recorded(list(table), file, column)
             columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
             if not (rows and np.isfinite(columns[::2]).all() and (np.diff(columns[0]) > 0).all()):
                 raise ValueError
@@ -101,6 +113,18 @@ def read(paths, column="return_mean"):
     return found
 
 
+def renamed(found, labels):
+    """`found` with other names, {old: new}, and all names in order: those that have been given come first."""
+    names = {name for runs in found.values() for name in runs}
+    for name in labels.keys() - names:
+        raise BadInput(f"--labels {name}: no line has this name; there are {', '.join(sorted(names))}.")
+    order = {name: labels.get(name, name) for name in [*labels, *sorted(names - labels.keys())]}
+    if twice := [label for label, times in Counter(order.values()).items() if times > 1]:
+        raise BadInput(f"--labels: two lines would be called {twice[0]}: give each its own label.")
+    return {env_id: {label: runs[name] for name, label in order.items() if name in runs}
+            for env_id, runs in found.items()}, [*order.values()]  # fmt: skip
+
+
 def smoothed(values, window):
     """Mean over the last `window` evaluations, of fewer at the beginning and after a NaN, which stays one."""
     finite = np.isfinite(values)
@@ -130,7 +154,10 @@ def align_seeds(seeds, args, name):
     last = min(x[-1] for x, _ in curves)  # as far as every seed has come
     places = curves[0][0] if not args.time else np.linspace(0, last, 200)
     places = places[places <= last]
-    if not args.time and places[-1] < (longest := max(x[-1] for x, _ in curves)):
+    longest = max(x[-1] for x, _ in curves)
+    if args.time and last < 0.99 * longest:  # seeds never take exactly as long
+        say(f"{name}: drawn until minute {last:.1f}, where the fastest seed ends, not {longest:.1f}")
+    elif not args.time and places[-1] < longest:
         say(f"{name}: drawn until step {last:.0f}, where one seed ends, not {longest:.0f}")
     values = np.stack([np.interp(places, x, y) for x, y in curves])
     if np.isnan(values).any(0).all():

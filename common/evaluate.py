@@ -76,8 +76,11 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
 
     policy: float32 arrays (n, ds) -> (n, da). Each copy contributes its first episode and nothing else: the
     first n episodes to end would be the short ones. An endless episode is cut after max_steps.
-    Raises Fault for an action that is not finite, which MuJoCo would take for no action, and pay.
+    Raises Fault for an action that is not finite, which MuJoCo would take for no action, and pay; BadInput
+    where there is no episode to run.
     """
+    if episodes < 1:
+        raise BadInput(f"evaluate: {episodes} episodes are none: give at least 1.")
     returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), np.ones(episodes, bool)
     envs = []
     try:

@@ -6,12 +6,14 @@ RUNS are folders (of one run, or above many) or CSV files; <env-id>/<name>/seed-
 args.json, says what belongs together: a panel for each environment, in it a line for each name with a 95%
 confidence interval over the seeds, or with each seed as a thin line where they are fewer than five. Runs
 from different folders or with different settings are never averaged: the lines are then named after that too.
-Links are followed, and a run is called what its link is called. Where a value of any seed is not finite the
-line has a gap. Grey dashed lines are published curves of the same environment (tests/reference).
+`--labels mage_td3 MAGE mine "mine, cosine"` gives lines another name, and the order in which they are named.
+Links are followed; a run that has no args.json is called what its link is called. Where a value of any seed
+is not finite the line has a gap. Grey dashed lines are published curves of the same environment
+(tests/reference).
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from textwrap import wrap
@@ -23,7 +25,7 @@ import tyro
 
 from common import BadInput
 from common.args import one_sentence
-from common.curves import align_seeds, apart, centre_and_interval, published, read
+from common.curves import align_seeds, apart, centre_and_interval, published, read, renamed
 from common.files import figure_path, write_whole
 
 plt.switch_backend("Agg")  # no screen is needed
@@ -36,7 +38,8 @@ STYLES, MARKERS = ["-", (0, (4, 1)), (0, (1, 1))], "osD^v<>PX*"
 class Args:
     runs: tyro.conf.Positional[list[str]]  # These are folders with runs in them, or CSV files.
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "curves.png"  # The figure goes here.
-    column: str = "return_mean"  # This column of eval.csv is drawn, such as gradient_cosine.
+    labels: dict[str, str] = field(default_factory=dict)  # Lines are renamed and ordered: old new old new ...
+    column: str = "return_mean"  # This column of eval.csv or train.csv is drawn, such as gradient_cosine.
     log: bool = False  # The axis of that column is logarithmic.
     statistic: Literal["mean", "median"] = "mean"  # Seeds are combined so; MAGE's figure 8 has the median.
     smooth: int = 1  # Each point is the mean of the last so many evaluations; MAGE's figures have 25.
@@ -57,10 +60,13 @@ def shown(text, width=60):
 
 
 def main(args):
+    if not args.runs:
+        raise BadInput("RUNS: name folders with runs in them, such as the folder runs.")
     if args.smooth < 1:
         raise BadInput(f"--smooth {args.smooth}: give at least 1, which leaves the curves as they are.")
     output = figure_path(args.output)
     found = apart(args.runs, args.column) if args.apart else read(args.runs, args.column)
+    found, names = renamed(found, args.labels)
     least = max(1, *(seed[0][0] for runs in found.values() for seeds in runs.values() for seed in seeds))
     if args.last_step is not None and args.last_step < least:
         raise BadInput(f"--last-step {args.last_step}: give at least {least:.0f}, where all curves are.")
@@ -68,7 +74,6 @@ def main(args):
     lowest = min(np.nanmin(values) for runs in found.values() for _, values in runs.values())
     if args.log and lowest <= 0:
         raise BadInput(f"--log: {args.column} goes down to {lowest:.4g}: leave it out.")
-    names = sorted({name for runs in found.values() for name in runs})
     look = {name: dict(color=COLOURS[i % 7], ls=STYLES[i // 7 % 3], ms=4) for i, name in enumerate(names)}
     columns = min(len(found), 3)
     figure, panels = plt.subplots(-(-len(found) // columns), columns, squeeze=False, layout="constrained")

@@ -57,6 +57,35 @@ def test_any_column_can_be_drawn(capsys):
     assert not Path("other.png").exists()
 
 
+def test_a_column_of_train_csv_can_be_drawn(capsys):
+    for seed in (0, 1):
+        write(Path(f"runs/Pendulum-v1/a/seed-{seed}/eval.csv"), [0, 1000, 2000], [-5, -6, -7])
+        text = f"step,td_loss,mine\n1000,{seed},\n2000,{seed + 2},{seed + 3}\n"
+        Path(f"runs/Pendulum-v1/a/seed-{seed}/train.csv").write_text(text)
+    for column, end in (("td_loss", 2.5), ("mine", 3.5)):
+        common.plot.main(common.plot.Args(["runs"], "figure.png", column=column))
+        assert f"| Pendulum-v1 | a | 2 | {end} +- 6.355 | {end} +- 0.7071 at" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="--column others: not in"):
+        common.plot.main(common.plot.Args(["runs"], "other.png", column="others"))
+
+
+def test_lines_may_have_other_names_and_another_order(capsys, figures):
+    for name in "abc":
+        write(Path(f"runs/Hopper-v4/{name}/seed-0/eval.csv"), [0, 1000], [1, 2])
+    colours = {}
+    for labels in ({}, {"c": "C", "b": "B b"}):
+        common.plot.main(common.plot.Args(["runs"], "figure.png", labels=labels))
+        lines = [row.split(" | ")[1] for row in capsys.readouterr().out.splitlines()[2:]]
+        assert lines == [*labels.values(), *(name for name in "abc" if name not in labels)]
+        (panel,) = figures[-1].axes
+        colours |= {line.get_label().split(",")[0]: line.get_color() for line in panel.lines}
+    assert [colours[label] for label in ("C", "B b")] == common.plot.COLOURS[:2]
+    for labels, hint in (({"d": "D"}, "--labels d: no line has this name; there are a, b, c."),
+                         ({"a": "b"}, "--labels: two lines would be called b")):  # fmt: skip
+        with pytest.raises(BadInput, match=hint):
+            common.plot.main(common.plot.Args(["runs"], "other.png", labels=labels))
+
+
 def test_curves_are_compared_where_all_seeds_are(capsys):
     args = common.plot.Args([])
     two = (([0, 10, 20], [0, 1, 2]), ([0, 10], [4, 6]))
@@ -148,13 +177,18 @@ def test_the_median_is_not_moved_by_one_seed():
     assert line == 2 and high - 2 == pytest.approx(12.71)
 
 
-def test_curves_are_cut_smoothed_and_drawn_against_minutes():
+def test_curves_are_cut_smoothed_and_drawn_against_minutes(capsys):
     seeds = [[np.array(x, float) for x in ([0, 10, 20], [0, 2, 8], [0, 60, 120])]]
     x, values = common.curves.align_seeds(seeds, common.plot.Args([], last_step=10, smooth=2), "a")
     assert x.tolist() == [0, 10] and values.tolist() == [[0, 1]]
     x, values = common.curves.align_seeds(seeds, common.plot.Args([], time=True), "a")
     assert (x[0], x[-1]) == (0, 2) and values[0, [0, -1]].tolist() == [0, 8]
     np.testing.assert_allclose(values[0], np.where(x < 1, 2 * x, 6 * x - 4))
+    assert not capsys.readouterr().err
+    seeds.append([x * 2 if i == 2 else x for i, x in enumerate(seeds[0])])
+    x, values = common.curves.align_seeds(seeds, common.plot.Args([], time=True), "a")
+    assert x[-1] == 2 and values[:, -1].tolist() == [8, 2]
+    assert "a: drawn until minute 2.0, where the fastest seed ends, not 4.0" in capsys.readouterr().err
 
 
 def test_intervals_are_of_95_percent():
@@ -190,7 +224,7 @@ HEAD = "step,return_mean,seconds\n"
 @pytest.mark.parametrize("text, changes, hint", [
     (None, dict(runs=["nowhere"]), "nowhere"),
     (HEAD + "0,1,2\n", dict(runs=["runs", "rnus"]), "rnus: no eval.csv"),
-    (None, dict(runs=[]), "RUNS"),
+    (None, dict(runs=[]), "RUNS: name folders"),
     ("a,b\n1,2\n", {}, "seed-0.csv is not"),
     ("", {}, "seed-0.csv is not"),
     (HEAD + "0,1,2\n250,", {}, "seed-0.csv is not"),  # a line was cut
