@@ -115,7 +115,7 @@ from common.acceleration import accelerate
 from common.args import main, prepare
 from common.dynamics import dynamics_fn
 from common.envs import ReplayableEnv, make_env
-from common.evaluate import as_policy, load_run
+from common.evaluate import as_policy, load_networks
 from common.rewards import reward_fn, termination_fn
 from common.run import Run
 
@@ -437,16 +437,26 @@ def polyak(target, source, tau):
 
 
 # --- training -----------------------------------------------------------------------------------------------
+def networks(args, obs_dim, action_dim):
+    """{name: network}: actor and critic, their targets, the model and the learned reward."""
+    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
+    obs_norm, size = Normaliser(obs_dim), (args.critic_hidden, args.num_critics)
+    actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden) for _ in range(2))
+    critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
+    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
+    for target, source in ((actor_target, actor), (critic_target, critic)):
+        target.requires_grad_(False).load_state_dict(source.state_dict())
+    model = Dynamics(obs_norm, action_dim, args.model_hidden, args.model_layers, args.ensemble_size)
+    reward_model = RewardModel(obs_norm, model.action_norm, args.reward_hidden, args.reward_layers)
+    return dict(actor=actor, actor_target=actor_target, critic=critic, critic_target=critic_target,
+                model=model, reward_model=reward_model)  # fmt: skip
+
+
 def load_policy(run_dir, plan=False):
     """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
     if plan:
         raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
-    args, state = load_run(run_dir, Args)
-    env = make_env(args.env_id)
-    obs_norm = Normaliser(env.observation_space.shape[0])
-    actor = Actor(obs_norm, env.action_space.shape[0], args.actor_hidden)
-    actor.load_state_dict(state["actor"])
-    return as_policy(actor)
+    return as_policy(load_networks(run_dir, Args, networks)[1]["actor"])
 
 
 def train(args: Args) -> float:
@@ -455,17 +465,8 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
-    obs_norm = Normaliser(obs_dim)
-    actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)
-                             for _ in range(2))  # fmt: skip
-    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
-    for target, source in ((actor_target, actor), (critic_target, critic)):
-        target.requires_grad_(False).load_state_dict(source.state_dict())
-    model = Dynamics(obs_norm, action_dim, args.model_hidden, args.model_layers,
-                     args.ensemble_size).to(device)  # fmt: skip
-    reward_model = RewardModel(obs_norm, model.action_norm, args.reward_hidden, args.reward_layers).to(device)
+    nets = {name: net.to(device) for name, net in networks(args, obs_dim, action_dim).items()}
+    actor, actor_target, critic, critic_target, model, reward_model = nets.values()
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor_opt, critic_opt = radam(actor, args.lr), radam(critic, args.lr)
     model_opt, reward_opt = (radam(m, args.model_lr, MODEL_DECAY) for m in (model, reward_model))
@@ -523,9 +524,8 @@ def train(args: Args) -> float:
     train_model, update = accelerate(train_model, *how), accelerate(update, *how)
     # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
     # run goes on bit for bit.
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
-                 critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt, model=model,
-                 model_opt=model_opt, reward_model=reward_model, reward_opt=reward_opt)
+    state = dict(env=env, buffer=buffer, **nets, actor_opt=actor_opt, critic_opt=critic_opt,
+                 model_opt=model_opt, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(actor, critic)
@@ -544,10 +544,10 @@ def train(args: Args) -> float:
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
             buffer.add(obs, action, reward, next_obs, terminated)
-            obs_norm.update(obs)
+            actor.obs_norm.update(obs)
             model.action_norm.update(action)
             reward_model.reward_norm.update(reward)
-            model.delta_norm.update(next_obs - obs, obs_norm)
+            model.delta_norm.update(next_obs - obs, model.obs_norm)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()

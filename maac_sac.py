@@ -139,7 +139,7 @@ from common import BadInput
 from common.acceleration import accelerate
 from common.args import main, prepare
 from common.envs import ReplayableEnv, make_env
-from common.evaluate import as_policy, load_run
+from common.evaluate import as_policy, load_networks
 from common.rewards import reward_fn, termination_fn
 from common.run import Run
 
@@ -653,14 +653,15 @@ def polyak(target, source, tau):
 
 # --- training -----------------------------------------------------------------------------------------------
 def networks(args, obs_dim, action_dim):
-    """Actor, critic, its target and the model, which share a normaliser of observations."""
-    obs_norm = Normaliser(obs_dim)
-    size = (args.critic_hidden, args.num_critics)
+    """{name: network}: critic, its target, model and actor."""
+    # One normaliser of observations serves all networks, so that the target sees what the trained ones see.
+    obs_norm, size = Normaliser(obs_dim), (args.critic_hidden, args.num_critics)
     critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
-    critic_target.load_state_dict(critic.state_dict())
-    size = (args.model_hidden, args.model_layers, args.ensemble_size)
-    model = Dynamics(obs_norm, action_dim, *size)
-    return Actor(obs_norm, action_dim, args.actor_hidden), critic, critic_target.requires_grad_(False), model
+    # The target begins as a copy, and is moved by `polyak` alone: no optimiser has its parameters.
+    critic_target.requires_grad_(False).load_state_dict(critic.state_dict())
+    model = Dynamics(obs_norm, action_dim, args.model_hidden, args.model_layers, args.ensemble_size)
+    actor = Actor(obs_norm, action_dim, args.actor_hidden)
+    return dict(critic=critic, critic_target=critic_target, model=model, actor=actor)
 
 
 def load_policy(run_dir, plan=False):
@@ -668,11 +669,8 @@ def load_policy(run_dir, plan=False):
 
     With `plan` the policy searches for its actions with the model (plan_action).
     """
-    args, state = load_run(run_dir, Args)
-    env = make_env(args.env_id)
-    actor, critic, _, model = networks(args, env.observation_space.shape[0], env.action_space.shape[0])
-    for name, net in dict(actor=actor, critic=critic, model=model).items():
-        net.load_state_dict(state[name])
+    args, nets = load_networks(run_dir, Args, networks)
+    critic, _, model, actor = nets.values()
     if not plan:
         return as_policy(actor)
     if not model.net[-1].bias.any():  # they begin at 0
@@ -692,7 +690,8 @@ def train(args: Args) -> float:
     if uses_model and min(args.learning_starts, args.buffer_size) < 2 * HELD_OUT:
         raise BadInput(f"--learning-starts, --buffer-size: the model needs at least {2 * HELD_OUT} steps.")
 
-    actor, critic, critic_target, model = (net.to(device) for net in networks(args, obs_dim, action_dim))
+    nets = {name: net.to(device) for name, net in networks(args, obs_dim, action_dim).items()}
+    critic, critic_target, model, actor = nets.values()
     temperature = nn.ParameterDict({"log_alpha": torch.zeros(())}).to(device)
     real = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)  # D_env
     imagined = ReplayBuffer(args.model_buffer_size if args.real_ratio < 1 else 1, obs_dim, action_dim, device)
@@ -739,9 +738,8 @@ def train(args: Args) -> float:
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt, alpha_opt])
     # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
     # run goes on bit for bit.
-    state = dict(env=env, real=real, imagined=imagined, actor=actor, critic=critic, model=model,
-                 critic_target=critic_target, temperature=temperature, actor_opt=actor_opt,
-                 critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt, held_out=held_out)
+    state = dict(env=env, real=real, imagined=imagined, **nets, temperature=temperature, held_out=held_out,
+                 actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(actor)

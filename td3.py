@@ -82,7 +82,7 @@ from common import BadInput
 from common.acceleration import accelerate
 from common.args import main, prepare
 from common.envs import ReplayableEnv, make_env
-from common.evaluate import as_policy, load_run
+from common.evaluate import as_policy, load_networks
 from common.run import Run
 
 
@@ -330,16 +330,23 @@ def polyak(target, source, tau):
 
 
 # --- training -----------------------------------------------------------------------------------------------
+def networks(args, obs_dim, action_dim):
+    """{name: network}: actor and critic, and their targets."""
+    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
+    obs_norm, size = Normaliser(obs_dim), (args.critic_hidden, args.num_critics)
+    actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden) for _ in range(2))
+    critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
+    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
+    for target, source in ((actor_target, actor), (critic_target, critic)):
+        target.requires_grad_(False).load_state_dict(source.state_dict())
+    return dict(actor=actor, actor_target=actor_target, critic=critic, critic_target=critic_target)
+
+
 def load_policy(run_dir, plan=False):
     """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
     if plan:
         raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
-    args, state = load_run(run_dir, Args)
-    env = make_env(args.env_id)
-    obs_norm = Normaliser(env.observation_space.shape[0])
-    actor = Actor(obs_norm, env.action_space.shape[0], args.actor_hidden)
-    actor.load_state_dict(state["actor"])
-    return as_policy(actor)
+    return as_policy(load_networks(run_dir, Args, networks)[1]["actor"])
 
 
 def train(args: Args) -> float:
@@ -348,14 +355,8 @@ def train(args: Args) -> float:
     env = ReplayableEnv(RecordEpisodeStatistics(make_env(args.env_id, args.seed)))
     env.reset()
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
-    obs_norm = Normaliser(obs_dim)
-    actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden).to(device) for _ in range(2))
-    critic, critic_target = (Critic(obs_norm, action_dim, args.critic_hidden, args.num_critics).to(device)
-                             for _ in range(2))  # fmt: skip
-    # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
-    for target, source in ((actor_target, actor), (critic_target, critic)):
-        target.requires_grad_(False).load_state_dict(source.state_dict())
+    nets = {name: net.to(device) for name, net in networks(args, obs_dim, action_dim).items()}
+    actor, actor_target, critic, critic_target = nets.values()
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     actor_opt, critic_opt = radam(actor, args.lr), radam(critic, args.lr)
 
@@ -380,8 +381,7 @@ def train(args: Args) -> float:
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt])
     # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
     # run goes on bit for bit.
-    state = dict(env=env, buffer=buffer, actor=actor, actor_target=actor_target, critic=critic,
-                 critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
+    state = dict(env=env, buffer=buffer, **nets, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:
             run.evaluate(actor, critic)
@@ -400,7 +400,7 @@ def train(args: Args) -> float:
             next_obs, reward, terminated, truncated, info = env.step(action)
             # --- store ---
             buffer.add(obs, action, reward, next_obs, terminated)
-            obs_norm.update(obs)
+            actor.obs_norm.update(obs)
             if terminated or truncated:
                 run.record(episode_return=info["episode"]["r"])
                 env.reset()

@@ -60,6 +60,27 @@ def load_run(run_dir, Args):
     return Args(**state["args"]), state
 
 
+def load_networks(run_dir, Args, networks):
+    """Arguments and networks of a run: (Args, {name: module}), built by `networks` of its script.
+
+    For example the action-gradient of a critic, and what the model says, with obs (B, ds) as make_env gives
+    it and B a multiple of --ensemble-size:
+
+        import mage_td3
+        args, nets = load_networks("runs/Pendulum-v1/mage_td3/seed-0", mage_td3.Args, mage_td3.networks)
+        action = nets["actor"](obs).detach().requires_grad_()  # (B, da), in [-1, 1]
+        q = nets["critic"](obs, action).min(0).values  # (B,)
+        slope = torch.autograd.grad(q.sum(), action)[0]  # (B, da)
+        next_obs = nets["model"].sample(obs, action, torch.randn_like(obs))  # (B, ds)
+    """
+    args, state = load_run(run_dir, Args)
+    spaces = make_env(args.env_id)
+    nets = networks(args, spaces.observation_space.shape[0], spaces.action_space.shape[0])
+    for name, net in nets.items():
+        net.load_state_dict(state[name])
+    return args, nets
+
+
 def as_policy(function, device="cpu"):
     """A function of tensors, such as an actor, as a policy: arrays (n, ds) -> (n, da), or (ds,) -> (da,)."""
     @torch.no_grad()

@@ -43,7 +43,7 @@ def main(run_dir):
     for i in range(0, len(rows), 500):
         print(f"  {i:6}-{i + 500:6} {upside_down(rows[i : i + 500]).mean():.2f}")
     if "temperature" in state:
-        actor = networks(SimpleNamespace(**state["args"]), len(obs), env.action_space.shape[0])[0]
+        actor = networks(SimpleNamespace(**state["args"]), len(obs), env.action_space.shape[0])["actor"]
         actor.load_state_dict(state["actor"])
         for where, states in (("where it goes", visited), ("on its data", rows[:, : len(obs)])):
             entropy = -actor.sample(torch.as_tensor(np.array(states)))[1].mean()

@@ -103,7 +103,8 @@ def run(module, folder, **changes):
         args = parse_args(module.Args, module.PRESETS, tiny(name, **changes))
         module.train(args)
     if name == "maac_sac":
-        actor, critic, _, model = (net.to(module.prepare(args)) for net in module.networks(args, 3, 1))
+        nets = module.networks(args, 3, 1).values()
+        critic, _, model, actor = (net.to(module.prepare(args)) for net in nets)
         step = partial(module.imagine, model, reward_fn("Pendulum-v1"), termination_fn("Pendulum-v1"))
         obs = torch.zeros(2, 3, device=module.prepare(args))
         module.plan_action(actor, critic, step, obs, 0.99, horizon=2, candidates=8, iterations=2, elites=2)

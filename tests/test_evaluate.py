@@ -11,7 +11,8 @@ import torch
 
 import common.evaluate
 from common import BadInput
-from common.evaluate import Args, evaluate, main
+from common.evaluate import Args, evaluate, load_networks, main
+from common.files import read_checkpoint
 from tests.conftest import ROOT, SCRIPTS, script, train
 
 
@@ -64,6 +65,24 @@ def test_a_policy_takes_float64_too(tmp_path):
     policy = script("td3").load_policy(train("td3", tmp_path, total_timesteps=0))
     obs = np.random.default_rng(0).normal(size=(4, 3))
     assert policy(obs).dtype == np.float32 and (policy(obs) == policy(obs.astype(np.float32))).all()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_networks_of_a_run_can_be_used(name, tmp_path):
+    """The critic that is loaded is the run's, and the lines of the docstring do what they say."""
+    run, module = train(name, tmp_path / "run"), script(name)
+    args, nets = load_networks(run, module.Args, module.networks)
+    saved = read_checkpoint(run / "checkpoint.pt")
+    assert args.seed == saved["args"]["seed"] and {"actor", "critic", "critic_target"} <= nets.keys()
+    for part, net in nets.items():
+        assert all(torch.equal(value, saved[part][key]) for key, value in net.state_dict().items())
+    example = re.search(r"action = (.|\n)*?randn_like.*", load_networks.__doc__).group()
+    lines = [line.strip() for line in example.splitlines() if "model" in nets or "model" not in line]
+    found = dict(torch=torch, nets=nets, obs=torch.randn(4, 3))
+    exec("\n".join(lines), found)
+    assert found["q"].shape == (4,) and found["slope"].shape == (4, 1) and found["slope"].any()
+    if "model" in nets:
+        assert found["next_obs"].shape == (4, 3)
 
 
 def test_planning_is_refused_where_the_algorithm_has_no_plan(tmp_path):

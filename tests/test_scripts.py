@@ -25,6 +25,7 @@ REASONS = {  # why a script has a text of its own: what the others share still a
         "PAPER_CLASSIC LAPTOP LAPTOP_CLASSIC": "there is no model to set",
         "Args.updates_per_step": "the model-free baseline learns once for each step",
         "train.update": "the batch is replayed, not imagined",
+        "networks": "there is no model",
     },
     "mage_td3": {"train.update": "the critic's loss is what MAGE is"},
     "maac_sac": {
@@ -33,6 +34,7 @@ REASONS = {  # why a script has a text of its own: what the others share still a
         LAPTOP LAPTOP_CLASSIC PRESETS LOGVAR""": "another paper has other values",
         "Actor actor_loss train.update load_policy": "the actor is stochastic and can plan with the model",
         "descend": "no gradient is clipped",
+        "networks": "the target has no actor, and no reward is learned",
     },
 }
 OWN = {(name, part) for name, parts in REASONS.items() for group in parts for part in group.split()}

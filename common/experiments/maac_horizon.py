@@ -97,7 +97,7 @@ def learn(args, seed):
     """The script's model and critic for the policy, from noisy transitions of it; made float64 in the end."""
     torch.manual_seed(seed)
     env, policy = make_env(ENV_ID, seed), LinearPolicy()
-    _, critic, critic_target, model = maac_sac.networks(SIZES, 2, 1)
+    critic, critic_target, model, _ = maac_sac.networks(SIZES, 2, 1).values()
     buffer = maac_sac.ReplayBuffer(args.steps, 2, 1, "cpu")
     for step in range(args.steps):
         if step % EPISODE == 0:

@@ -1,6 +1,5 @@
 """Runs on MuJoCo robots: their networks, and what the world does in the states that they come to."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +28,13 @@ class Agent:
         self.obs_dim, da = (x.shape[0] for x in (self.env.observation_space, self.env.action_space))
         with loading(path):
             args = script.Args(**state["args"])
-            if hasattr(script, "networks"):  # maac_sac.py, whose target has no actor of its own
-                nets = script.networks(args, self.obs_dim, da)
-                nets = dict(zip(("actor", "critic", "critic_target", "model"), nets, strict=True))
-            else:
-                norm = script.Normaliser(self.obs_dim)
-                actor = script.Actor(norm, da, args.actor_hidden)
-                critic = script.Critic(norm, da, args.critic_hidden, args.num_critics)
-                nets = dict(actor=actor, actor_target=actor, critic=critic, critic_target=critic)
-                if hasattr(script, "Dynamics"):
-                    size = (args.model_hidden, args.model_layers, args.ensemble_size)
-                    nets["model"] = script.Dynamics(norm, da, *size)
-            for name, net in nets.items():  # copies, as some of them stand in two places
+            nets = script.networks(args, self.obs_dim, da)
+            for name, net in nets.items():
                 net.load_state_dict(state[name])
-                nets[name] = copy.deepcopy(net).double().requires_grad_(name == "actor")
+                net.double().requires_grad_(name == "actor")
             self.rows = state["real" if "real" in state else "buffer"]["rows"]
         self.actor, self.critic, self.critic_target = (nets[n] for n in ("actor", "critic", "critic_target"))
+        # The target of maac_sac.py has no actor of its own, and td3.py has no model.
         self.actor_target, self.model = nets.get("actor_target", self.actor), nets.get("model")
         if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
             self.model = None  # as in a run of SAC
