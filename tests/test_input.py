@@ -259,6 +259,14 @@ def test_a_flag_without_effect_is_said(name, given, beside, why, preset):
     assert [remark.split(", which")[0] for remark in remarks] == (said if why else [])
 
 
+def test_ctrl_c_before_a_run_listens_for_it_is_one_word(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script("td3"), "train", interrupted)
+    assert call("td3", [], monkeypatch) == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_it_is_said_when_the_run_begins(capsys):
     train("td3", "run", target_noise=0, noise_clip=0.4)
     assert "--noise-clip 0.4 has no effect with --target-noise 0\n" in capsys.readouterr().err

@@ -641,6 +641,27 @@ def test_other_versions_are_named_and_the_run_goes_on(copied, program, whole):
     assert "gymnasium" not in again.stderr and len(checkpoint(run)["starts"]) == 2
 
 
+def test_a_script_that_was_edited_is_named_and_its_old_text_kept(tmp_path):
+    """git does not know `mine.py`, and a resume has the settings alone to compare."""
+    for name in ("common", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    mine, run = tmp_path / "mine.py", tmp_path / "run"
+    text = (ROOT / "td3.py").read_text()
+    mine.write_text(text)
+    argv = [mine, *tiny("td3", run_dir=run, total_timesteps=40)]
+    assert finished(argv).returncode == 0 and (run / "mine.py").read_text() == text
+    again = finished([*argv, "--resume", "--total-timesteps", "50"])
+    assert again.returncode == 0 and "is now" not in again.stderr
+    mine.write_text(text.replace("policy_delay == 0", "policy_delay != 0"))
+    edited = finished([*argv, "--resume"])
+    assert edited.returncode == 0 and "is finished" in edited.stdout + edited.stderr
+    edited = finished([*argv, "--resume", "--total-timesteps", "60"])
+    first, second = (start["code"]["mine.py"] for start in checkpoint(run)["starts"][-2:])
+    assert edited.returncode == 0 and f"--resume: mine.py {first} is now {second}; from" in edited.stderr
+    assert (run / "mine.py").read_text() == mine.read_text() != text
+    assert (run / "mine.until-step-50.py").read_text() == text
+
+
 def test_the_same_versions_are_not_named(copied, program):
     run = copied("td3", total_timesteps=35)
     assert "is now" not in program("td3", tiny("td3", run_dir=run, resume=True)).stderr
