@@ -669,7 +669,7 @@ def load_policy(run_dir, plan=False):
 
     With `plan` the policy searches for its actions with the model (plan_action).
     """
-    args, nets = load_networks(run_dir, Args, networks)
+    args, nets = load_networks(run_dir, Args, networks, only=None if plan else ["actor"])
     critic, _, model, actor = nets.values()
     if not plan:
         return as_policy(actor)

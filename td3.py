@@ -346,7 +346,7 @@ def load_policy(run_dir, plan=False):
     """The policy of a run, without exploration noise: float32 arrays (n, ds) -> (n, da)."""
     if plan:
         raise BadInput("--plan is for algorithms that plan with their model: leave it out for this one.")
-    return as_policy(load_networks(run_dir, Args, networks)[1]["actor"])
+    return as_policy(load_networks(run_dir, Args, networks, only=["actor"])[1]["actor"])
 
 
 def train(args: Args) -> float:

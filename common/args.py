@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ IDLE = [
 def idle(args, default):
     """Sentences about flags that differ from their default and do nothing beside the others."""
     now, before = collections.defaultdict(lambda: None, vars(args)), vars(default)
-    return [f"{flag(name)} {now[name]} has no effect {why}" for names, holds, why in IDLE for name in names
+    return [f"{flag(name)} {now[name]} is of no use {why}" for names, holds, why in IDLE for name in names
             if name in before and now[name] != before[name] and holds(now)]  # fmt: skip
 
 
@@ -77,9 +77,11 @@ def parse_args(Args, presets, argv=None):
     default = Args(env_id=first.env_id, preset=first.preset, **chosen)
     if first.resume:
         folder = run_folder(first, script)
-        if first.run_dir and not folder.exists() and "--env-id" not in map(flag_of, argv):
-            fix = "mend --run-dir, or give --env-id to begin a run there"
-            raise BadInput(f"--resume: there is no {folder}: {fix}.")
+        given = [flag_of(word) for word in argv]
+        with suppress(OSError):  # a folder that cannot be looked at is refused when the run begins
+            if first.run_dir and not folder.exists() and not {"--env-id", "--help", "-h"} & set(given):
+                fix = "mend --run-dir, or give --env-id to begin a run there"
+                raise BadInput(f"--resume: there is no {folder}: {fix}.")
         saved = read_args(folder, script)
         names = saved.keys() & dataclasses.asdict(default).keys() - {"run_dir", "resume"}
         default = dataclasses.replace(default, **{name: saved[name] for name in names})

@@ -96,7 +96,7 @@ def plan(args, flags):
         make_env(env_id).close()
         if args.ray:
             check_that_it_travels(env_id)
-    jobs = {}
+    jobs, remarks = {}, []
     for module, env_id, seed in itertools.product(modules, args.env_ids, range(args.seeds)):
         script = module.__name__
         own = [word.replace("{script}", script) for word in flags]
@@ -113,7 +113,10 @@ def plan(args, flags):
             fix = "name each once in --scripts and --env-ids"
             fix = fix if script == other else "leave --exp-name out, or write {script} in it"
             raise BadInput(f"{other} and {script} would share {folder}: {fix}.")
+        remarks += [remark for remark in chosen.remarks if remark not in remarks]
         jobs[folder] = Job(script, argv, str(folder.absolute()), asdict(chosen))
+    for remark in remarks:
+        say(remark)
     return list(jobs.values())
 
 
@@ -139,7 +142,7 @@ def finished(job, on_cluster):
         raise BadInput(f"{job.folder} holds a run with other settings ({names}): give another --exp-name.")
     done = run["step"] >= job.settings["total_timesteps"]
     made = run.get("starts", [{}])[-1].get("code", {}).get(script)
-    if done and made not in (None, digests(ROOT / script)[script]):
+    if made not in (None, digests(ROOT / script)[script]):
         say(f"{job.folder} is of another {script} than today's: another --exp-name makes a new run.")
     if on_cluster and not done and newest(job.folder):
         raise BadInput(f"{job.folder} holds a run of this machine: finish it without --ray.")
@@ -178,7 +181,8 @@ def elsewhere(job):
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder, "run"), Path(folder, "log")
         failure = why_failed(*start(job, str(run), log), log)
-        files = {name: (run / name).read_bytes() for name in COME_BACK if (run / name).exists()}
+        names = [name for name in (*COME_BACK, f"{job.script}.py") if (run / name).exists()]
+        files = {name: (run / name).read_bytes() for name in names}
         return failure, files | {"log": log.read_bytes()}
 
 

@@ -59,15 +59,18 @@ def identity(run):
 
 
 def recorded(rows, file, column):
-    """The rows of an eval.csv, with a column of the train.csv beside it if they have none of that name."""
+    """The rows of an eval.csv that have a column, also one of the train.csv beside it; all columns."""
     beside = file.with_name("train.csv")
-    if not rows or column in rows[0] or file.name != "eval.csv" or not beside.is_file():
-        return rows
-    means = {row["step"]: row for row in csv.DictReader(beside.read_text().splitlines())}
-    if not any(column in row for row in means.values()):
-        return rows
+    if column in rows[0] or file.name != "eval.csv" or not beside.is_file():
+        return rows, list(rows[0])
+    try:
+        means = {row["step"]: row for row in csv.DictReader(beside.read_text().splitlines())}
+    except (OSError, ValueError, LookupError, csv.Error):
+        raise BadInput(f"{beside} is not the train.csv of a run: leave its folder out.") from None
+    names = list(dict.fromkeys([*rows[0], *(name for row in means.values() for name in row)]))
     # Nothing is recorded at step 0, and little while actions are random.
-    return [row | {column: means.get(row["step"], {}).get(column) or "nan"} for row in rows]
+    both = [row | {column: cell} for row in rows if (cell := means.get(row["step"], {}).get(column))]
+    return (both or rows), names
 
 
 def read(paths, column="return_mean"):
@@ -76,7 +79,7 @@ def read(paths, column="return_mean"):
     for file in find(paths):
         try:
             table = csv.DictReader(file.read_text().splitlines())
-            rows = recorded(list(table), file, column)
+            rows = list(table)
             columns = [np.array([float(row[c]) for row in rows]) for c in ("step", "return_mean", "seconds")]
             if not (rows and np.isfinite(columns[::2]).all() and (np.diff(columns[0]) > 0).all()):
                 raise ValueError
@@ -84,10 +87,11 @@ def read(paths, column="return_mean"):
         except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error):
             what = "the eval.csv of a run, beside its args.json or in <env-id>/<name>/seed-<n>"
             raise BadInput(f"{file} is not {what}: leave it out.") from None
+        rows, names = recorded(rows, file, column)
         try:
-            columns[1] = np.array([float(row[column]) for row in rows])
+            columns = [np.array([float(row[c]) for row in rows]) for c in ("step", column, "seconds")]
         except (ValueError, TypeError, LookupError):
-            fix = f"it has {', '.join(table.fieldnames)}: choose one of them, or leave the file out"
+            fix = f"it has {', '.join(names)}: choose one of them, or leave the file out"
             raise BadInput(f"--column {column}: not in {file}; {fix}.") from None
         if len(rows) < 2:
             say(f"{file}: left out, it has one evaluation so far")
@@ -156,7 +160,7 @@ def align_seeds(seeds, args, name):
     places = places[places <= last]
     longest = max(x[-1] for x, _ in curves)
     if args.time and last < 0.99 * longest:  # seeds never take exactly as long
-        say(f"{name}: drawn until minute {last:.1f}, where the fastest seed ends, not {longest:.1f}")
+        say(f"{name}: drawn until minute {last:.1f}, where one seed ends, not {longest:.1f}")
     elif not args.time and places[-1] < longest:
         say(f"{name}: drawn until step {last:.0f}, where one seed ends, not {longest:.0f}")
     values = np.stack([np.interp(places, x, y) for x, y in curves])

@@ -60,8 +60,10 @@ def load_run(run_dir, Args):
     return Args(**state["args"]), state
 
 
-def load_networks(run_dir, Args, networks):
+def load_networks(run_dir, Args, networks, only=None):
     """Arguments and networks of a run: (Args, {name: module}), built by `networks` of its script.
+
+    With `only`, names of networks, the others stay as they begin: their classes may have changed since.
 
     For example the action-gradient of a critic, and what the model says, with obs (B, ds) as make_env gives
     it and B a multiple of --ensemble-size:
@@ -76,8 +78,8 @@ def load_networks(run_dir, Args, networks):
     args, state = load_run(run_dir, Args)
     spaces = make_env(args.env_id)
     nets = networks(args, spaces.observation_space.shape[0], spaces.action_space.shape[0])
-    for name, net in nets.items():
-        net.load_state_dict(state[name])
+    for name in nets if only is None else only:
+        nets[name].load_state_dict(state[name])
     return args, nets
 
 

@@ -51,13 +51,15 @@ def read_run(folder):
         raise BadInput(f"{path} is damaged or cannot be read: {fix}.") from None
 
 
-def lock_folder(folder, resume):
+def lock_folder(folder, resume, script):
     """A run's folder for this process alone -> its lock, which goes with the process, however that ends."""
-    tables = [name for name in ("eval.csv", "train.csv") if (folder / name).exists()]
-    if tables and not ((folder / "args.json").exists() or newest(folder)):  # a run would write its own there
-        raise BadInput(f"{folder} has a file {tables[0]} that is no run's: choose another --run-dir.")
     lock = filelock.FileLock(folder / "lock")
     try:
+        # A run would write its own there. The script's own text may be what a failed start has left.
+        there, copy = [name for name in ("eval.csv", "train.csv") if (folder / name).exists()], script.name
+        there += [copy] if (folder / copy).exists() and digests(folder / copy) != digests(script) else []
+        if there and not ((folder / "args.json").exists() or newest(folder)):
+            raise BadInput(f"{folder} has a file {there[0]} that is no run's: choose another --run-dir.")
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -154,16 +156,17 @@ def loading(path):
 
 def digests(script):
     """{a script, and common/: the first letters of the SHA-256 of what is in it}: git may not know either."""
-    parts = {Path(script).name: [script], "common/": sorted(Path(__file__).parent.glob("*.py"))}
+    parts = {Path(script).name: [script], "common/": sorted(Path(__file__).parent.glob("[!.]*.py"))}
     whole = {name: b"".join(Path(path).read_bytes() for path in paths) for name, paths in parts.items()}
     return {name: hashlib.sha256(code).hexdigest()[:12] for name, code in whole.items()}
 
 
-def copy_code(script, folder, step):
-    """Puts a script's text beside its run; one that is there and has another text stays, under a new name."""
+def copy_code(script, folder):
+    """Puts a script's text beside its run; another text that is there stays, with its digest in its name."""
     path, code = folder / script.name, script.read_bytes()
-    if not path.exists() or path.read_bytes() != code:
-        write_whole(path, lambda file: file.write(code), keep=f"{script.stem}.until-step-{step}.py")
+    if path.exists() and path.read_bytes() != code:
+        os.replace(path, folder / f"{script.stem}.{digests(path)[script.name]}.py")
+    write_whole(path, lambda file: file.write(code))
 
 
 def changes(then, now):

@@ -62,7 +62,7 @@ class Run:
 
     def open(self, at_the_end):
         at_the_end(self.state["env"].close)
-        at_the_end(files.lock_folder(self.folder, self.args.resume).release)
+        at_the_end(files.lock_folder(self.folder, self.args.resume, self.source).release)
         if self.args.resume and files.newest(self.folder):
             self.load()
         elif self.args.resume:
@@ -70,7 +70,6 @@ class Run:
         if rest := self.args.total_timesteps % self.args.eval_every:
             say("--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv will be "
                 f"about the last {rest} steps")  # fmt: skip
-        self.starts.append({"step": self.step, **files.provenance(self.source)})
         for name, rows in self.tables.items():  # what came after the checkpoint comes again
             if rows:
                 files.write_table(self.folder / f"{name}.csv", rows)
@@ -88,7 +87,9 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # no other one may handle signals
             for number in stop_signals():
                 at_the_end(signal.signal, number, signal.signal(number, self.on_signal))
-        files.copy_code(self.source, self.folder, self.step)
+        if self.step < max(self.args.total_timesteps, 1):  # it is not finished
+            self.starts.append({"step": self.step, **files.provenance(self.source)})
+            files.copy_code(self.source, self.folder)
         self.write_args()  # the last thing: a start that fails leaves no run behind
         self.started = self.saved = self.logged = time.monotonic()
         self.logged_step = self.step

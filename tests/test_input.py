@@ -255,7 +255,7 @@ def test_a_flag_without_effect_is_said(name, given, beside, why, preset):
     remarks = parse_args(module.Args, module.PRESETS, argv + words(beside | given)).remarks
     ((field, value),) = given.items()
     value = fields(name)[field](value)
-    said = [f"{flag(field)} {value} has no effect {why}"]
+    said = [f"{flag(field)} {value} is of no use {why}"]
     assert [remark.split(", which")[0] for remark in remarks] == (said if why else [])
 
 
@@ -269,12 +269,19 @@ def test_ctrl_c_before_a_run_listens_for_it_is_one_word(monkeypatch, capsys):
 
 def test_it_is_said_when_the_run_begins(capsys):
     train("td3", "run", target_noise=0, noise_clip=0.4)
-    assert "--noise-clip 0.4 has no effect with --target-noise 0\n" in capsys.readouterr().err
+    assert "--noise-clip 0.4 is of no use with --target-noise 0\n" in capsys.readouterr().err
 
 
 # --- resume -------------------------------------------------------------------------------------------------
 def test_a_folder_that_does_not_exist_is_not_begun_by_mistake(refused):
     refused("td3", ["--run-dir", "sead-0", "--resume"], "--resume: there is no sead-0:", "--env-id")
+    refused("td3", ["--run-dir", "s" * 300, "--resume"], "cannot be written", "--run-dir")
+
+
+def test_a_script_of_somebody_is_not_overwritten(refused):
+    Path("data").mkdir()
+    Path("data/td3.py").write_text("mine")
+    refused("td3", tiny("td3", run_dir="data"), "data has a file td3.py that is no run's", "--run-dir")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -59,14 +59,19 @@ def test_any_column_can_be_drawn(capsys):
 
 def test_a_column_of_train_csv_can_be_drawn(capsys):
     for seed in (0, 1):
-        write(Path(f"runs/Pendulum-v1/a/seed-{seed}/eval.csv"), [0, 1000, 2000], [-5, -6, -7])
-        text = f"step,td_loss,mine\n1000,{seed},\n2000,{seed + 2},{seed + 3}\n"
+        write(Path(f"runs/Pendulum-v1/a/seed-{seed}/eval.csv"), [0, 1000, 2000, 3000], [-5, -6, -7, -8])
+        text = f"step,td_loss,mine\n1000,{seed},{seed}\n2000,{seed + 2},{seed + 3}\n3000,7,\n"
         Path(f"runs/Pendulum-v1/a/seed-{seed}/train.csv").write_text(text)
-    for column, end in (("td_loss", 2.5), ("mine", 3.5)):
+    for column, end in (("td_loss", 7), ("mine", 3.5)):
         common.plot.main(common.plot.Args(["runs"], "figure.png", column=column))
-        assert f"| Pendulum-v1 | a | 2 | {end} +- 6.355 | {end} +- 0.7071 at" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="--column others: not in"):
+        said = capsys.readouterr()
+        assert f"| Pendulum-v1 | a | 2 | {end} +- " in said.out
+        assert "gaps" not in said.err
+    with pytest.raises(BadInput, match="--column others: not in .*seconds, td_loss, mine: choose"):
         common.plot.main(common.plot.Args(["runs"], "other.png", column="others"))
+    Path("runs/Pendulum-v1/a/seed-0/train.csv").write_text("no,table\n1,2\n")
+    with pytest.raises(BadInput, match="seed-0/train.csv is not the train.csv of a run"):
+        common.plot.main(common.plot.Args(["runs"], "other.png", column="td_loss"))
 
 
 def test_lines_may_have_other_names_and_another_order(capsys, figures):
@@ -188,7 +193,7 @@ def test_curves_are_cut_smoothed_and_drawn_against_minutes(capsys):
     seeds.append([x * 2 if i == 2 else x for i, x in enumerate(seeds[0])])
     x, values = common.curves.align_seeds(seeds, common.plot.Args([], time=True), "a")
     assert x[-1] == 2 and values[:, -1].tolist() == [8, 2]
-    assert "a: drawn until minute 2.0, where the fastest seed ends, not 4.0" in capsys.readouterr().err
+    assert "a: drawn until minute 2.0, where one seed ends, not 4.0" in capsys.readouterr().err
 
 
 def test_intervals_are_of_95_percent():

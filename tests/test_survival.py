@@ -659,7 +659,7 @@ def test_a_script_that_was_edited_is_named_and_its_old_text_kept(tmp_path):
     first, second = (start["code"]["mine.py"] for start in checkpoint(run)["starts"][-2:])
     assert edited.returncode == 0 and f"--resume: mine.py {first} is now {second}; from" in edited.stderr
     assert (run / "mine.py").read_text() == mine.read_text() != text
-    assert (run / "mine.until-step-50.py").read_text() == text
+    assert (run / f"mine.{first}.py").read_text() == text
 
 
 def test_the_same_versions_are_not_named(copied, program):
