@@ -1,4 +1,4 @@
-r"""Sweeps: every script on every environment with every seed, each run a process of its own.
+"""Sweeps: every script on every environment with every seed, each run a process of its own.
 
     python -m common.benchmark --scripts td3 mage_td3 --env-ids Pendulum-v1 --seeds 5 -- --preset laptop
 
@@ -6,8 +6,7 @@ What stands after `--` goes to every script; the word {script} in it becomes the
 `--exp-name {script}-b` gives each its own. Several values of a flag are several sweeps:
 
     for lam in 0.05 0.2; do
-        python -m common.benchmark --scripts mage_td3 --env-ids Pendulum-v1 --seeds 5 -- \
-            --preset laptop --lam $lam --exp-name lam-$lam
+        python -m common.benchmark --scripts mage_td3 --env-ids Pendulum-v1 -- --lam $lam --exp-name lam-$lam
     done
 
 Runs that are finished are skipped, interrupted ones go on: the same command may be given again at any time.

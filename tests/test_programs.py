@@ -78,8 +78,9 @@ def small(argv):
     if name == "common.benchmark":
         scripts = [word for word in argv if word in SCRIPTS]
         sizes = {k: v for k, v in TINY.items() if all(k in fields(script) for script in scripts)}
-        argv[argv.index("--seeds") + 1] = "1"
-        return argv + ["--"] * ("--" not in argv) + words(sizes)
+        argv += ["--"] * ("--" not in argv)
+        argv[argv.index("--") : argv.index("--")] = ["--seeds", "1"]  # the last one counts
+        return argv + words(sizes)
     if name == "tests.speed":
         return [*argv[:2], "--tiny"]
     more = {"common.evaluate": "--episodes 2 --max-steps 20",
@@ -90,7 +91,7 @@ def small(argv):
 
 def prepared(command):
     """The words of the command as bash makes them, at a tiny size; the same ones run once."""
-    words = shlex.split(command.removeprefix("python ").translate(BRACKETS))
+    words = shlex.split(command.removeprefix("python ").replace("$lam", "0.2").translate(BRACKETS))
     figure = words.index("-o") if "-o" in words else len(words)  # one figure is as good as another
     return tuple(small(words[:figure] + words[figure + 2 :]))
 
@@ -105,9 +106,9 @@ def test_a_printed_command_works(command, runs, tmp_path):
     if re.match(r"python \w+.py|python -m common.benchmark", command):  # it has the folder for itself
         shutil.rmtree(tmp_path / "here/runs")
     line = command.removeprefix("python ").translate(BRACKETS)
-    expanded = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], text=True, cwd=tmp_path / "here",
-                              capture_output=True).stdout.splitlines()  # fmt: skip
-    argv = small(expanded)
+    shell = ["bash", "-c", f"lam=0.2; printf '%s\\n' {line}"]
+    bash = subprocess.run(shell, text=True, cwd=tmp_path / "here", capture_output=True)
+    argv = small(bash.stdout.splitlines())
     argv[0] = argv[0] if argv[0] == "-m" else str(ROOT / argv[0])
     surroundings = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *argv], cwd=tmp_path / "here", env=surroundings,
