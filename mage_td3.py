@@ -156,9 +156,9 @@ class Args:
       with --accelerate compile
     - Pusher-v4, 10,000 steps: 64 to 77 minutes, -47 to -37 (3 seeds)
 
-    Run again with a later revision, one seed of the pendulum ended at -813. The paper preset takes a core
-    more than two days on HalfCheetah-v4. What it returns after its 100,000 steps is not known, as no such run
-    has been taken to its end.
+    Run again with a later revision, one seed of the pendulum ended at -813. On HalfCheetah-v4 --lam 1 was
+    steadier. The paper preset takes a core more than two days there. What it returns after its 100,000 steps
+    is not known, as no such run has been taken to its end.
     """
 
     # --- run ---
