@@ -38,8 +38,8 @@ MEMORY = ("buffer_size", "model_buffer_size", "rollouts", "batch_size", "num_sam
           "reward_hidden", "reward_layers", "eval_episodes")  # fmt: skip
 
 
-# Flags that do nothing beside others: (which, when, as said)
 MODEL = ("ensemble_size", "model_hidden", "model_layers", "model_lr", "model_train_every", "model_batches")
+# An entry has flags, the settings beside which they do nothing, and how that is said.
 IDLE = [
     (("reward_hidden", "reward_layers"), lambda a: a["learned_reward"] is False, "without --learned-reward"),
     (MODEL, lambda a: a["oracle_dynamics"] and not a["learned_reward"], "with --oracle-dynamics"),
