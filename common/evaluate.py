@@ -147,10 +147,11 @@ def film(policy, env_id, path, seed=0, max_steps=MAX_STEPS):
             if steps % every == 0:
                 frames.append(_small(env.render()))
     env.close()
+    gif = imageio.mimwrite("<bytes>", frames, format="GIF", duration=1000 * every / rate, loop=0)  # milliseconds
     try:
-        imageio.mimsave(path, frames, duration=1000 * every / rate, loop=0)  # milliseconds; for ever
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--video {path} cannot be written ({error}): give the name of a GIF file.") from None
+        Path(path).write_bytes(gif)
+    except OSError as error:
+        raise BadInput(f"--video {path} cannot be written ({error}): give another file.") from None
     return total, steps
 
 

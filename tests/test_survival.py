@@ -982,6 +982,15 @@ def test_a_video_over_a_folder_is_refused_first(tmp_path):
         common.evaluate.main(common.evaluate.Args("no run is needed", video=tmp_path / "video.gif"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_under_a_video(whole, tmp_path):
+    """In a process of its own: a writer that fails once more when it is thrown away would print a traceback."""
+    (tmp_path / "video.gif").symlink_to("/dev/full")
+    argv = ["-m", "common.evaluate", whole("td3"), "--episodes", "2", "--video", tmp_path / "video.gif"]
+    said = sentence(finished(argv, cwd=ROOT).stderr)
+    assert "--video" in said and "No space left" in said
+
+
 @pytest.mark.parametrize("error", [ImportError("no pygame"), RuntimeError("no\nEGL"), AttributeError()])
 @pytest.mark.parametrize("method", ["render", "reset"])
 def test_a_video_that_cannot_be_drawn(error, method, whole, monkeypatch, tmp_path):
