@@ -147,7 +147,8 @@ def film(policy, env_id, path, seed=0, max_steps=MAX_STEPS):
             if steps % every == 0:
                 frames.append(_small(env.render()))
     env.close()
-    gif = imageio.mimwrite("<bytes>", frames, format="GIF", duration=1000 * every / rate, loop=0)  # milliseconds
+    shown = 1000 * every / rate  # milliseconds
+    gif = imageio.mimwrite("<bytes>", frames, format="GIF", duration=shown, loop=0)  # for ever
     try:
         Path(path).write_bytes(gif)
     except OSError as error:
