@@ -984,7 +984,7 @@ def test_a_video_over_a_folder_is_refused_first(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 def test_a_full_disk_under_a_video(whole, tmp_path):
-    """In a process of its own: a writer that fails once more when it is thrown away would print a traceback."""
+    """In its own process, as a writer that fails again when it is thrown away would print a traceback."""
     (tmp_path / "video.gif").symlink_to("/dev/full")
     argv = ["-m", "common.evaluate", whole("td3"), "--episodes", "2", "--video", tmp_path / "video.gif"]
     said = sentence(finished(argv, cwd=ROOT).stderr)
