@@ -5,14 +5,15 @@ states the current actor acts and the ensemble answers, and ten times for each s
 critic learns from such answers. This is the one baseline of the MAGE paper that has a model: mage_td3.py
 makes the same data, and asks its critic for the slope of the target as well.
 
-Equations, with the numbers of that paper. ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]; ξ ~ N(0, 1); and
-Δ = (s' - s - m) / c is the normalised change of the state, m and c the mean and deviation of such changes:
+Equations, with the numbers of that paper. ε ~ N(0, 0.2²) is clipped to [-0.5, 0.5], and π̄(ŝ) + ε to [-1, 1].
+ξ ~ N(0, 1), and Δ = (s' - s - m) / c is the normalised change of the state, where m and c are the mean and
+the standard deviation of such changes:
     minimise (Δ - μₖ(s, a))² / σₖ(s, a)² + log σₖ²   trains member k (Eq. 9, D.2)           model_loss
     ŝ = s + m + c (μₖ(s, a) + σₖ(s, a) ξ), a = π(s)  is imagined, k at random (D.2)         sample
     y = r + γ (1 - terminated) minᵢ Q̄ᵢ(ŝ, π̄(ŝ) + ε)  is the target (Algorithm 2)            td_target
     minimise Huber(y - Qᵢ(s, a)), mean over i        trains the critics (Eq. 3)             td_loss
     maximise minᵢ Qᵢ(s, π(s))                        trains the actor (Eq. 4, Algorithm 2)  actor_loss
-    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                moves the targets (Algorithm 2)        polyak
+    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                moves Q̄ and π̄ (Algorithm 2)           polyak
 
 In the paper, and in this file:
     s, a, r, s' (ŝ imagined)  obs, action, reward, next_obs    p_ω, r̂  model, reward_model
@@ -35,18 +36,21 @@ silent or says something else; [ours] is neither.
 
 Of actor and critic:
 - [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
-  Huber loss, and learning starts after 1000 steps (D.2). On the pendulum and the cart-pole a batch has 512
-  rows, learning starts after 100 steps, the actor's layers have 128 units, and the model has two layers of
-  128.
+  Huber loss, and learning starts after 1000 steps (D.2). With the paper preset, a batch has 512 rows on the
+  pendulum and the cart-pole, learning starts after 100 steps, the actor's layers have 128 units, and the
+  model has two layers of 128.
 - [authors' code] Actor and critic have swish units; D.2 names these for the model and the learned reward
   only.
+- [authors' code] The loss is a mean over the critics, where Algorithm 2 has a loss for each, so that with two
+  of them each gets half the gradient. Clipping sees this factor, and so do RAdam's first five steps.
 - [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
   and its target wait for every second one (Algorithm 2).
 - [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. Actor and critic
   see normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], the
   model's too, of which the paper says nothing.
-- [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
-  the action that is rewarded.
+- [authors' code] The noise ε is on the target actor's action, as in Fujimoto et al. 2018; Algorithm 2 prints
+  it in the action that is rewarded. This action, and the one with exploration noise, are clipped to [-1, 1],
+  where actions lie, and Algorithm 2 prints neither clip.
 - [authors' code] The target has the factor 1 - terminated, since nothing is earned after a terminal state. No
   equation of the paper prints it.
 - [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
@@ -61,10 +65,10 @@ Of actor and critic:
 Of the model:
 - [authors' code] The model's inputs and what it predicts, s' - s, are normalised, and a sigmoid keeps its
   log-variance between -5 and -1. The paper says only that it predicts the difference (D.2).
-- [authors' code] The weight decay of 1e-4 (D.2) is decoupled. With the learning rate of 1e-4 it does nothing,
-  there and here: it multiplies a weight by 1 - 1e-8, which is 1 in float32. With the 1e-3 that the laptop
-  preset has for the pendulum and the cart-pole the factor is 1 - 1.2e-7, which does act, but takes 0.2% in
-  the 14,400 batches of its 3000 steps.
+- [authors' code] The weight decay of 1e-4 (D.2), which the learned reward has too, is decoupled. With the
+  learning rate of 1e-4 it does nothing, there and here: it multiplies a weight by 1 - 1e-8, which is 1 in
+  float32. With the 1e-3 that the laptop preset has for the pendulum and the cart-pole it is
+  1 - 1.2e-7, which does act, but takes 0.2% in the 14,400 batches of its 3000 steps.
 - [ours] Each member imagines an equal share of the batch. As the rows are drawn independently, this is as
   good as theirs, a random member for each row, and costs one K-th of it.
 - [ours] A fit is 120 batches, as D.2 has it, drawn with replacement, so that a step costs the same throughout
@@ -76,8 +80,8 @@ Of the model:
 - [ours] The last layer of the model, as all layers, begins with uniform Xavier weights. In theirs the last
   layers of the model and of the learned reward have normal ones, of the same variance.
 - [ours] A dimension that varies by no more than the rounding of float32 explains is taken for constant and
-  predicted to stay as it is. Theirs gives a deviation below 1e-6 the scale 1, so that the model adds noise of
-  0.08 to 0.61, in whatever unit the dimension has, to something that never moves.
+  predicted to stay as it is. Theirs gives a std below 1e-6 the scale 1, so that the model adds noise of 0.08
+  to 0.61, in whatever unit the dimension has, to something that never moves.
 
 Of the reward:
 - [ours] Rewards are those that the simulator pays. Theirs are computed from actions in [-1, 1] even where the
@@ -159,13 +163,13 @@ class Args:
     updates_per_step: int = 10  # The critic is updated this many times after each environment step.
     batch_size: int = 1024  # An update looks at this many states.
     gamma: float = 0.99  # This is the discount factor.
-    tau: float = 0.005  # Targets move this share of the way; the paper's "decay 0.995" is 1 - tau.
+    tau: float = 0.005  # Target networks move this share of the way; the paper's "decay 0.995" is 1 - tau.
     lr: float = 1e-4  # This is the learning rate of actor and critic.
     actor_hidden: int = 384  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 384  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
     policy_delay: int = 2  # The actor is updated once in this many updates of the critic.
-    target_noise: float = 0.2  # The target's action gets noise of this standard deviation.
+    target_noise: float = 0.2  # The target actor's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
     # --- model ---
     ensemble_size: int = 8  # The model has this many members, and one of them answers for each imagined row.
@@ -183,8 +187,10 @@ class Args:
 # The paper has smaller settings for the two tasks of classic control, the pendulum and the cart-pole.
 PAPER_CLASSIC = dict(learning_starts=100, batch_size=512, actor_hidden=128, model_hidden=128, model_layers=2,
                      reward_hidden=128, reward_layers=1)
-# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
-# core needs minutes for classic control and about an hour for a robot.
+# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and batches and fewer steps,
+# so that one core needs minutes for classic control and about an hour for a robot. On the pendulum and the
+# cart-pole its learning rates are ten times the paper's, and learning starts after 1000 steps and not after
+# 100.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256,
               model_hidden=256)
 LAPTOP_CLASSIC = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128,
@@ -194,12 +200,12 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
     "laptop": {"*": LAPTOP, "Pendulum-v1": LAPTOP_CLASSIC, "ContinuousCartPole-v1": LAPTOP_CLASSIC},
 }
 MODEL_BATCH, MODEL_DECAY = 256, 1e-4  # rows per member and gradient step; weight decay (D.2)
-LOGVAR = (-5.0, -1.0)  # bounds on the model's log-variance (authors' code): a deviation of 0.08 to 0.61
+LOGVAR = (-5.0, -1.0)  # bounds on the model's log-variance (authors' code): a std of 0.08 to 0.61
 
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
+    """Running mean and standard deviation of the rows (dim,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -210,7 +216,7 @@ class Normaliser(nn.Module):
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
+        """Adds a row x (dim,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -223,23 +229,23 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
-        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
-        # stored quantity is s.
+        # constant if its standard deviation is at most the sum of a millionth of the mean's size and a
+        # hundred-thousandth of the standard deviation, both of the quantity that is stored, as this much may
+        # be rounding. For a change s' - s the stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d)
+    def forward(self, x):  # (..., dim) -> (..., dim)
         # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # (..., d) -> (..., d)
-        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
+    def inverse(self, x):  # (..., dim) -> (..., dim)
+        # Here a constant dimension has its own small std, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
 class EnsembleLinear(nn.Module):
-    """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+    """`members` linear layers in one batched product: (members, rows, in) -> (members, rows, out)."""
     def __init__(self, members, dim_in, dim_out):
         super().__init__()
         weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
@@ -254,9 +260,9 @@ class EnsembleLinear(nn.Module):
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
-    """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
-    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
-    # for the derivatives that they take through a network.
+    """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
+    # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
+    # MAGE and MAAC take through a network change without jumps.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -384,13 +390,13 @@ def model_loss(model, obs, action, next_obs):
 
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
-    """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
+    """y = r + gamma (1 - terminated) min_i Q_i(s', clip(pi(s') + noise)) of the target networks -> (B,)."""
     # An actor seeks out the actions that its critic overrates, so the smaller of the target critics counts.
     # The noise spreads the target over actions near π̄(s'), so that a narrow peak of Q̄ does not decide it. A
     # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2, but for ε and 1 - terminated)
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', clip(π̄(s') + ε))   (Algorithm 2 without clip, ε, terminated)
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
@@ -403,14 +409,15 @@ def td_loss(critic, obs, action, y):
 def actor_loss(actor, critic, obs):
     """-min_i Q_i(s, pi(s)), a mean over obs (B, ds)   (Algorithm 2; the TD3 paper takes Q_1)."""
     # The actor climbs minᵢ Qᵢ(s, π(s))   (Eq. 4, with the minimum of Algorithm 2). The gradient reaches it
-    # through the action alone: ∇θ J = E[∇ₐQ ∇θ π], up to a constant factor   (Eq. 1). That is why the slope
-    # of a critic matters more to its actor than its value does.
+    # through the action alone, as in ∇θ J ∝ E[∇ₐQ ∇θ π]   (Eq. 1), so that the slope of a critic matters more
+    # to its actor than its value does. In Eq. 1 Q is the true value, and s is drawn from where the policy
+    # goes; here, as in Algorithm 2, Q is the critic and s comes from the buffer.
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def radam(module, lr, weight_decay=0.0):
-    """RAdam; its weight decay shrinks the weights directly (decoupled, as in AdamW), and no gradient."""
+    """RAdam, with decoupled weight decay: it shrinks the weights, and adds nothing to the gradient."""
     return torch.optim.RAdam(module.parameters(), lr, weight_decay=weight_decay, decoupled_weight_decay=True,
                              foreach=True)
 
@@ -496,8 +503,9 @@ def train(args: Args) -> float:
         obs = buffer.sample(args.batch_size)[0]  # (B, ds)
         with torch.no_grad():
             action = actor(obs)  # (B, da)
-        # The noise is drawn here and not inside `step_target`. However often `step_target` is called in this
-        # update, it is then the same function of the action, which MAGE can differentiate.
+        # The noise does not depend on the action, so that ŝ and y are functions of the action that MAGE can
+        # differentiate (the reparameterisation trick, Appendix C). It is drawn here and not inside
+        # `step_target`, which therefore gives the same y whenever it is given the same action.
         model_noise = torch.randn_like(obs)
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
 
@@ -522,8 +530,8 @@ def train(args: Args) -> float:
 
     how = (args.accelerate, device, [actor_opt, critic_opt, model_opt, reward_opt])
     train_model, update = accelerate(train_model, *how), accelerate(update, *how)
-    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
-    # run goes on bit for bit.
+    # This and the random state, which Run saves, are everything that changes during a run. A checkpoint has
+    # the state of each part, so that a stopped run goes on bit for bit.
     state = dict(env=env, buffer=buffer, **nets, actor_opt=actor_opt, critic_opt=critic_opt,
                  model_opt=model_opt, reward_opt=reward_opt)
     with Run(args, __file__, state, device) as run:

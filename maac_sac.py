@@ -2,8 +2,9 @@
 
 The actor maximises an imagined return: H rewards along a trajectory of an ensemble of models, and then the
 critic's value of where it ends. H trades the error of the model's derivatives for that of the critic's (Lemma
-4.1; tests/reference/README.md shows a gap in its proof). The critic learns on imagined data, from targets of
-several horizons, weighted by how well the members of the ensemble agree on them (STEVE, Buckman et al. 2018).
+4.1, which is false as it is stated: tests/reference/README.md has a counterexample and another bound). The
+critic learns on imagined data, from targets of several horizons, weighted by how well the members of the
+ensemble agree on them (STEVE, Buckman et al. 2018).
 
 Equations; the paper does not number them:
     maximise Σ_{t<H} γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀|s₀)    actor (Sec. 4.3)     actor_loss
@@ -14,12 +15,13 @@ Equations; the paper does not number them:
     minimise -α (log π(a₀|s₀) + target entropy)                       temperature (SAC)    temperature_loss
     Q̄ ← τ Q + (1 - τ) Q̄                                               target critics       polyak
 
-For T_hkj member k imagines h steps from s', which is s₀ there; πᵢ is π(aᵢ|sᵢ), and Q̄ⱼ is asked about s_h and
-a_h. The variance is averaged over the batch, and nothing is added after a terminal state.
+For T_hkj member k imagines h steps from s', which is s₀ there; πᵢ is π(aᵢ|sᵢ), and Q̄ⱼ, the slowly moving
+copy of Qⱼ (critic_target), is asked about s_h and a_h. The variance is averaged over the batch, and nothing
+is added after a terminal state.
 
 In the paper, and in this file:
     s, a, r         obs, action, reward             H                     --horizon
-    π_θ, Q_ψ, Q̄     actor, critic, critic_target    G₁                    the gradient steps of fit_model
+    π_θ, Q_ψ        actor, critic                   G₁                    the gradient steps of fit_model
     f_φ, M members  model, --ensemble-size (here K) G₂                    --updates-per-step, for each step
     β               alpha, exp(log_alpha)           trajectories from ŝ₀  --num-samples
     D_env, D_model  real, imagined                  𝒯 of Algorithm 1      --rollouts, --rollout-length
@@ -39,14 +41,15 @@ the model and its data are new.
 Differences. In places this file departs from the paper, or from its authors' code, which is the branch
 vioichigo of github.com/iclavera/meta-mb ("theirs" below). A mark says whom the file follows there: [paper] is
 the paper; [authors' code] is their code, where the paper is silent or says something else; [ours] is neither.
-The paper has no table of settings: all defaults that no line below speaks of are those of their code.
+The paper has no table of settings: networks, learning rates, batches and buffers of which no line below
+speaks are those of their code.
 
 Of the actor's objective:
 - [authors' code] H is 4 (2 on Walker2d), five samples are taken, and a random member answers for each row at
   each step. The entropy is that of π in s₀ alone; the paper writes β H(π) and does not say where.
-- [paper] Each sample is a whole trajectory from s₀, with the smaller critic at its end. Their last version
-  follows one trajectory, draws five actions in its last state, and takes the smaller of the two critics'
-  means.
+- [paper] Each sample is a whole trajectory from s₀. [authors' code] The smaller critic stands at its end,
+  where the paper writes one Q and says only that two are trained. Their last version follows one trajectory,
+  draws five actions in its last state, and takes the smaller of the two critics' means.
 - [ours] The model's standard deviation is exp(logvar / 2), also where a gradient is taken. In theirs the
   rollouts have it, but actor and targets use exp(logvar), which is the variance.
 - [ours] A reward is what the environment pays. Wang et al.'s robots (mbbl/) are paid for the state before the
@@ -60,8 +63,10 @@ Of the actor's objective:
 Of the critic's target and the temperature:
 - [ours] A horizon has a target for each member and each target critic. Theirs has one for each member of a
   random half, with the smaller critic, and at horizon 0 one value that is copied: it has no variance and
-  takes all the weight, so that STEVE is left out in effect. Our variances are pooled over the batch, as two
-  critics are few for one row.
+  takes all the weight, so that STEVE is left out in effect.
+- [ours] STEVE averages over members and critics and weighs every row by itself. Here each member has its
+  smaller critic, as in SAC, and the variances are pooled over the batch, since at horizon 0 only two critics
+  and the noise of the action differ, which is too little to tell a variance for one row.
 - [ours] A member answers all the steps of its trajectory. In theirs one trajectory is shared and each member
   leaves it for the last step, so that members can differ in that step's state only (and in rewards that look
   at it).
@@ -83,11 +88,14 @@ Of the data:
   Theirs grows between iterations 20 and 100, of 1001 steps each and after 5005 random ones, which is about
   6000 steps later.
 - [ours] Each row is as the environment gave it. In theirs the last of 1001 rows has s in the place of s'.
+- [ours] A run has 100,000 steps, and its robot is by default Gymnasium's HalfCheetah-v4. Theirs has 200
+  iterations of 1001 steps after the random ones, on the robot that is mbbl/HalfCheetah-v0 here.
 
 Of the model:
 - [authors' code] Each member is trained on four fifths of the rows and judged on the other fifth, which is
-  drawn for each member separately. This makes the members differ; the bootstrap that the paper names would
-  draw rows with replacement. [ours] A member is judged on at most 2000 rows, for speed.
+  drawn for each member separately. This makes the members differ, beside their first weights and the order of
+  their rows; the bootstrap that the paper names would draw rows with replacement. [ours] A member is judged
+  on at most 2000 rows, for speed.
 - [ours] A member is done when its held-out loss has fallen by less than 0.01 in 5 epochs, or in as many more
   as make 100 gradient steps, and gets back the weights of its best epoch, however small their gain. With
   epochs alone a fit of few rows ends almost untrained, and its noise ruins the critic. Theirs stops when a
@@ -98,8 +106,8 @@ Of the model:
   member has its own, of the rows that it trains on, computed at each fit.
 - [ours] A dimension that varies by no more than the rounding of float32 explains is taken for constant and
   predicted to stay as it is; theirs is divided by its standard deviation, however small.
-- [ours] The bounds of the log-variance, -10 and 0.5, are fixed; in theirs they are learned, starting there,
-  and their distance costs something in the loss.
+- [ours] A sigmoid keeps the log-variance between fixed bounds, -10 and 0.5. Theirs bends it at either bound
+  with a softplus, and its bounds are learned, starting there, and their distance costs something in the loss.
 - [ours] Actor and critic are swish networks on normalised observations, as in the other scripts; theirs are
   relu or tanh ones, by environment, on raw observations.
 
@@ -206,11 +214,12 @@ class Args:
     model_train_every: int = 250  # The model is fitted after every so many environment steps.
 
 
-# The laptop preset is ours: it keeps the algorithm, and takes fewer steps, rollouts and trajectories from a
-# state, and for classic control smaller networks and batches as well, so that one core needs minutes for
-# classic control and about an hour for a robot. A robot keeps the authors' networks and their 5000 random
-# steps. On HalfCheetah-v4 two of three seeds ended above the one run that had 1000 (2177 and 1391, without
-# STEVE, against 1131 with it), and the third failed.
+# The laptop preset is ours: it keeps the algorithm, so that one core needs minutes for classic control and
+# about an hour for a robot. A robot keeps the authors' networks and their 5000 random steps; steps and
+# rollouts are fewer, and a state has one trajectory, which is the single-sample ablation of figure 4. For
+# classic control H is 3, networks and batches are smaller, updates are fewer, the learning rate is higher,
+# and fits are more frequent. On HalfCheetah-v4 seed 0 ended at 2269 with 5000 random steps, and at 1131 with
+# 1000, in an older revision; without STEVE three seeds with 5000 ended at 2177, 1391 and -263.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, rollouts=10_000, num_samples=1)
 LAPTOP_CLASSIC = dict(
     total_timesteps=3000, eval_every=250, learning_starts=250, rollouts=4000, model_buffer_size=20_000,
@@ -225,14 +234,14 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
                **{env_id: LAPTOP | values for env_id, values in ROBOTS.items()}},
 }
 GROWTH = (20_000, 100_000)  # steps between which the number of imagined trajectories grows
-MODEL_BATCH, HELD_OUT = 256, 5  # rows of a step; for each member one row in 5 is for validation
+MODEL_BATCH, HELD_OUT = 256, 5  # rows per member and gradient step; one row in 5 judges a member
 PATIENCE = 5, 100  # epochs, and gradient steps, without progress before a member is done
 LOGVAR = (-10.0, 0.5)  # bounds on the model's log-variance
 
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
+    """Running mean and standard deviation of the rows (dim,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -243,7 +252,7 @@ class Normaliser(nn.Module):
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
+        """Adds a row x (dim,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -256,23 +265,23 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
-        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
-        # stored quantity is s.
+        # constant if its standard deviation is at most the sum of a millionth of the mean's size and a
+        # hundred-thousandth of the standard deviation, both of the quantity that is stored, as this much may
+        # be rounding. For a change s' - s the stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d)
+    def forward(self, x):  # (..., dim) -> (..., dim)
         # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # (..., d) -> (..., d)
-        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
+    def inverse(self, x):  # (..., dim) -> (..., dim)
+        # Here a constant dimension has its own small std, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
 class EnsembleLinear(nn.Module):
-    """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+    """`members` linear layers in one batched product: (members, rows, in) -> (members, rows, out)."""
     def __init__(self, members, dim_in, dim_out):
         super().__init__()
         weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
@@ -287,9 +296,9 @@ class EnsembleLinear(nn.Module):
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
-    """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
-    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
-    # for the derivatives that they take through a network.
+    """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
+    # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
+    # MAGE and MAAC take through a network change without jumps.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -432,9 +441,9 @@ class HeldOut(nn.Module):
 def fit_model(model, optimizer, buffer, held_out, max_epochs=2000):
     """Maximum likelihood with early stopping, each member for itself -> held-out losses (K,), epochs.
 
-    held_out (capacity, K): the rows that member k is judged on and never trained on, which is also what makes
-    the members differ. A member without progress for long (PATIENCE) is done; in the end each gets back the
-    weights with which it did best.
+    held_out (capacity, K): the rows that member k is judged on and never trained on, which makes the
+    members differ further. A member without progress for long (PATIENCE) is done; in the end each gets back
+    the weights with which it did best.
     """
     # Each member has rows to train on and rows that judge it; the two never mix, from the first fit to the
     # last.
@@ -545,7 +554,7 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
             obs, discount = next_obs, gamma * discount * ~terminated
     # Where members and critics disagree about a horizon, its target counts less: w_h ∝ 1 / var T_hkj.
     targets = torch.stack(targets).unflatten(-1, (members, -1))  # (H + 1, N, K, B)
-    variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,) pooled: two critics are few for each row
+    variance = targets.var((1, 2), correction=0).mean(-1)  # (H + 1,), pooled over the batch
     weights = (variance + 1e-8).reciprocal()
     weights = weights / weights.sum()
     # y = Σ_h w_h meanₖ minⱼ T_hkj   (STEVE, which Sec. 4.3 names and does not write down)
@@ -575,7 +584,7 @@ def actor_loss(actor, critic, step, alpha, obs, gamma, horizon, samples):
         total = total + discount * reward
         discount = gamma * discount * ~terminated
         action, _ = actor.sample(obs)
-    # Σ γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀ | s₀), for t < H   (Sec. 4.3)
+    # Σ γᵗ rₜ + γᴴ minⱼ Qⱼ(s_H, a_H) - α log π(a₀ | s₀), for t < H   (Sec. 4.3; minⱼ is their code's)
     total = total + discount * critic(obs, action).min(0).values  # (S B,)
     return (alpha * first_log_prob - total).mean(), first_log_prob
 
@@ -736,8 +745,8 @@ def train(args: Args) -> float:
         return log | {f"weight_{h}": w for h, w in enumerate(weights)}
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt, alpha_opt])
-    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
-    # run goes on bit for bit.
+    # This and the random state, which Run saves, are everything that changes during a run. A checkpoint has
+    # the state of each part, so that a stopped run goes on bit for bit.
     state = dict(env=env, real=real, imagined=imagined, **nets, temperature=temperature, held_out=held_out,
                  actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt, model_opt=model_opt)
     with Run(args, __file__, state, device) as run:

@@ -3,15 +3,16 @@
 A critic learns by temporal differences what an action is worth, and an actor climbs this value along its
 action-gradient ∇ₐQ, the gradient of the critic with respect to the action. TD3 guards this pair in three
 ways: the smaller of two critics is to keep Q from growing too large, noise on the target's action blurs
-narrow peaks of Q̄, and an actor that moves less often than its critics follows values that have had time to
-settle. This is the first rung of a ladder: in dyna_td3.py a learned model makes the data, and in mage_td3.py
-the critic learns the slope of its target as well.
+narrow peaks of Q̄, a slowly moving copy of the critics, and an actor that moves less often than its critics
+follows values that have had time to settle. This is the first rung of a ladder: in dyna_td3.py a learned
+model makes the data, and in mage_td3.py the critic learns the slope of its target as well.
 
-Equations, with the numbers of the MAGE paper; ε ~ N(0, 0.2²), clipped to [-0.5, 0.5]:
+Equations, with the numbers of the MAGE paper. ε ~ N(0, 0.2²) is clipped to [-0.5, 0.5], and π̄(s') + ε to
+[-1, 1]:
     y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)  is the target (Algorithm 2)            td_target
     minimise Huber(y - Qᵢ(s, a)), mean over i          trains the critics (Eq. 3)             td_loss
     maximise minᵢ Qᵢ(s, π(s))                          trains the actor (Eq. 4, Algorithm 2)  actor_loss
-    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                  moves the targets (Algorithm 2)        polyak
+    Q̄ ← τ Q + (1 - τ) Q̄, and so for π̄                  moves Q̄ and π̄ (Algorithm 2)           polyak
 
 In the paper, and in this file:
     s, a, r, s'   obs, action, reward, next_obs    d     --policy-delay
@@ -19,7 +20,8 @@ In the paper, and in this file:
     π̄, Q̄ (a bar)  actor_target, critic_target      τ     --tau; the 0.995 of D.2 is 1 - τ
     𝓑             buffer
 
-Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics.
+Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics;
+n is any number of rows.
 
 Read this script first. The others repeat its text, and their headers name the few blocks in which they
 differ.
@@ -29,18 +31,21 @@ code that was published with it (github.com/nnaisense/MAGE, "theirs" below). A m
 there: [paper] is the MAGE paper, where it departs from TD3; [authors' code] is their code, where the paper is
 silent or says something else; [ours] is neither.
 - [paper] A batch has 1024 rows, the optimiser is RAdam with a learning rate of 1e-4, the critic's loss is a
-  Huber loss, and learning starts after 1000 steps (D.2), so that the rungs differ by one idea each. On the
-  pendulum and the cart-pole a batch has 512 rows, learning starts after 100 steps, and the actor's layers
-  have 128 units.
+  Huber loss, and learning starts after 1000 steps (D.2), so that the rungs differ by one idea each. With the
+  paper preset, a batch has 512 rows on the pendulum and the cart-pole, learning starts after 100 steps, and
+  the actor's layers have 128 units.
 - [authors' code] Actor and critic have swish units; D.2 names these for the model and the learned reward
   only.
+- [authors' code] The loss is a mean over the critics, where Algorithm 2 has a loss for each, so that with two
+  of them each gets half the gradient. Clipping sees this factor, and so do RAdam's first five steps.
 - [paper] The actor climbs minᵢ Qᵢ and not Q₁, the critics' targets move at every update, and only the actor
   and its target wait for every second one (Algorithm 2).
 - [authors' code] The actor has two layers of 384 units; the 284 of D.2 is taken for a slip. All networks see
   normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], of which the
   paper says nothing.
-- [authors' code] The noise ε is on the target's action, as in Fujimoto et al. 2018; Algorithm 2 prints it in
-  the action that is rewarded.
+- [authors' code] The noise ε is on the target actor's action, as in Fujimoto et al. 2018; Algorithm 2 prints
+  it in the action that is rewarded. This action, and the one with exploration noise, are clipped to [-1, 1],
+  where actions lie, and Algorithm 2 prints neither clip.
 - [authors' code] The target has the factor 1 - terminated, since nothing is earned after a terminal state. No
   equation of the paper prints it.
 - [ours] The published code trains on imagined transitions alone and has no command for this baseline, so we
@@ -52,7 +57,7 @@ silent or says something else; [ours] is neither.
 - [ours] The first update follows step 1001 (--learning-starts + 1), the first step whose action the actor
   chooses. Theirs follows step 1000, one step earlier.
 - [ours] A dimension of the observation is taken for constant, and only shifted, if it varies by no more than
-  the rounding of float32 explains; in theirs, if its deviation is below 1e-6 in whatever unit it has.
+  the rounding of float32 explains; in theirs, if its std is below 1e-6 in whatever unit it has.
 - [ours] A run ends with a message as soon as a number is not finite, so that a failure cannot pass for a
   result. Theirs puts a new agent in the place of one whose TD loss is above 100 or whose actor's loss is
   beyond 1e5, notes it in its log, and goes on with the old model and buffer.
@@ -124,20 +129,21 @@ class Args:
     updates_per_step: int = 1  # The critic is updated this many times a step; 10 is sample-efficient TD3.
     batch_size: int = 1024  # An update looks at this many states.
     gamma: float = 0.99  # This is the discount factor.
-    tau: float = 0.005  # Targets move this share of the way; the paper's "decay 0.995" is 1 - tau.
+    tau: float = 0.005  # Target networks move this share of the way; the paper's "decay 0.995" is 1 - tau.
     lr: float = 1e-4  # This is the learning rate of actor and critic.
     actor_hidden: int = 384  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 384  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
     policy_delay: int = 2  # The actor is updated once in this many updates of the critic.
-    target_noise: float = 0.2  # The target's action gets noise of this standard deviation.
+    target_noise: float = 0.2  # The target actor's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
 
 
 # The paper has smaller settings for the two tasks of classic control, the pendulum and the cart-pole.
 PAPER_CLASSIC = dict(learning_starts=100, batch_size=512, actor_hidden=128)
-# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and fewer steps, so that one
-# core needs minutes, for a robot too.
+# The laptop preset is ours: it keeps the algorithm, and takes smaller networks and batches and fewer steps,
+# so that one core needs minutes, for a robot too. On the pendulum and the cart-pole its learning rate is ten
+# times the paper's, and learning starts after 1000 steps and not after 100.
 LAPTOP = dict(total_timesteps=10_000, eval_every=250, batch_size=256, actor_hidden=256, critic_hidden=256)
 LAPTOP_CLASSIC = LAPTOP | dict(total_timesteps=3000, lr=1e-3, actor_hidden=64, critic_hidden=128)
 PRESETS = {  # --preset: {environment, or "*" for any other: what differs from the defaults above}
@@ -148,7 +154,7 @@ PRESETS = {  # --preset: {environment, or "*" for any other: what differs from t
 
 # --- networks -----------------------------------------------------------------------------------------------
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of the rows (d,) it saw, saved with the networks that use it."""
+    """Running mean and standard deviation of the rows (dim,) it saw, saved with the networks that use it."""
     def __init__(self, dim):
         super().__init__()
         # The moments are three statistics in one float64 tensor: the number of rows, their mean, and the sum
@@ -159,7 +165,7 @@ class Normaliser(nn.Module):
             self.register_buffer(name, torch.full((dim,), start))
 
     def update(self, x, whole=None):
-        """Adds a row x (d,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
+        """Adds a row x (dim,) to the statistics. If x is a change s' - s, `whole` is the normaliser of s."""
         # This is Welford's algorithm. It needs float64, as float32 loses a small square beside a million
         # others. Everything is changed in place, because a CUDA graph goes on reading the memory that it has
         # seen.
@@ -172,23 +178,23 @@ class Normaliser(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt())
         # float32 keeps a number to a ten-millionth of its size or so. A dimension is therefore taken for
-        # constant if its deviation is at most the sum of a millionth of the mean and a hundred-thousandth of
-        # the deviation of the quantity that is stored, as this much may be rounding. For a change s' - s the
-        # stored quantity is s.
+        # constant if its standard deviation is at most the sum of a millionth of the mean's size and a
+        # hundred-thousandth of the standard deviation, both of the quantity that is stored, as this much may
+        # be rounding. For a change s' - s the stored quantity is s.
         rounding = 1e-5 * (whole or self).std + 1e-6 * (whole or self).mean.abs()
         self.scale.copy_(self.std.masked_fill(self.std <= rounding, 1.0))
 
-    def forward(self, x):  # (..., d) -> (..., d)
+    def forward(self, x):  # (..., dim) -> (..., dim)
         # A constant dimension has the scale 1, so that it is shifted and not divided by next to nothing.
         return (x - self.mean) / self.scale
 
-    def inverse(self, x):  # (..., d) -> (..., d)
-        # Here a constant dimension has its own small deviation, so that a model gives it next to no noise.
+    def inverse(self, x):  # (..., dim) -> (..., dim)
+        # Here a constant dimension has its own small std, so that a model gives it next to no noise.
         return x * self.std + self.mean
 
 
 class EnsembleLinear(nn.Module):
-    """N linear layers in one batched product: (N, B, in) -> (N, B, out)."""
+    """`members` linear layers in one batched product: (members, rows, in) -> (members, rows, out)."""
     def __init__(self, members, dim_in, dim_out):
         super().__init__()
         weights = [nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)) for _ in range(members)]
@@ -203,9 +209,9 @@ class EnsembleLinear(nn.Module):
 
 
 def mlp(members, dim_in, hidden, layers, dim_out):
-    """`members` networks with `layers` hidden layers, swish: (N, B, dim_in) -> (N, B, dim_out)."""
-    # No activation follows the last layer, and the swish units before it are smooth, which MAGE and MAAC need
-    # for the derivatives that they take through a network.
+    """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
+    # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
+    # MAGE and MAAC take through a network change without jumps.
     widths = [dim_in] + [hidden] * layers
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
@@ -277,13 +283,13 @@ def huber(x):
 
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
-    """y = r + gamma (1 - terminated) min_i Q_i(s', pi(s') + noise) of the target networks -> (B,)."""
+    """y = r + gamma (1 - terminated) min_i Q_i(s', clip(pi(s') + noise)) of the target networks -> (B,)."""
     # An actor seeks out the actions that its critic overrates, so the smaller of the target critics counts.
     # The noise spreads the target over actions near π̄(s'), so that a narrow peak of Q̄ does not decide it. A
     # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', π̄(s') + ε)   (Algorithm 2, but for ε and 1 - terminated)
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', clip(π̄(s') + ε))   (Algorithm 2 without clip, ε, terminated)
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
@@ -296,14 +302,15 @@ def td_loss(critic, obs, action, y):
 def actor_loss(actor, critic, obs):
     """-min_i Q_i(s, pi(s)), a mean over obs (B, ds)   (Algorithm 2; the TD3 paper takes Q_1)."""
     # The actor climbs minᵢ Qᵢ(s, π(s))   (Eq. 4, with the minimum of Algorithm 2). The gradient reaches it
-    # through the action alone: ∇θ J = E[∇ₐQ ∇θ π], up to a constant factor   (Eq. 1). That is why the slope
-    # of a critic matters more to its actor than its value does.
+    # through the action alone, as in ∇θ J ∝ E[∇ₐQ ∇θ π]   (Eq. 1), so that the slope of a critic matters more
+    # to its actor than its value does. In Eq. 1 Q is the true value, and s is drawn from where the policy
+    # goes; here, as in Algorithm 2, Q is the critic and s comes from the buffer.
     return -critic(obs, actor(obs)).min(0).values.mean()
 
 
 # --- optimisation -------------------------------------------------------------------------------------------
 def radam(module, lr, weight_decay=0.0):
-    """RAdam; its weight decay shrinks the weights directly (decoupled, as in AdamW), and no gradient."""
+    """RAdam, with decoupled weight decay: it shrinks the weights, and adds nothing to the gradient."""
     return torch.optim.RAdam(module.parameters(), lr, weight_decay=weight_decay, decoupled_weight_decay=True,
                              foreach=True)
 
@@ -362,8 +369,9 @@ def train(args: Args) -> float:
 
     def update(with_actor):
         """One update of the critics on replayed transitions and, with_actor, one of the actor."""
-        # Eq. 3 asks for the action π(s) and the state that follows it. A replayed transition has the action
-        # that was taken when it was stored, and only a model could tell where π(s) leads (dyna_td3.py).
+        # Eq. 3 asks for states to which the policy goes, for the action π(s) and for the state that follows
+        # it. A replayed transition has a state from the buffer and the action that was taken when it was
+        # stored, and only a model could tell where π(s) leads (dyna_td3.py).
         obs, action, reward, next_obs, terminated = buffer.sample(args.batch_size)  # (B, ds), (B, da), ...
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
         with torch.no_grad():
@@ -379,8 +387,8 @@ def train(args: Args) -> float:
         return log
 
     update = accelerate(update, args.accelerate, device, [actor_opt, critic_opt])
-    # This is everything that changes during a run. A checkpoint has the state of each part, so that a stopped
-    # run goes on bit for bit.
+    # This and the random state, which Run saves, are everything that changes during a run. A checkpoint has
+    # the state of each part, so that a stopped run goes on bit for bit.
     state = dict(env=env, buffer=buffer, **nets, actor_opt=actor_opt, critic_opt=critic_opt)
     with Run(args, __file__, state, device) as run:
         if run.step == 0:

@@ -1,4 +1,4 @@
-"""--accelerate: a function that updates networks, compiled or replayed as a CUDA graph; its text stays."""
+"""--accelerate: a function that updates networks, unchanged but compiled or replayed as a CUDA graph."""
 
 import functools
 import warnings
@@ -17,7 +17,8 @@ def accelerate(function, how, device, optimizers=()):
     """function(*flags) -> {name: 0-d tensor}, made faster by --accelerate; how is "none", "auto", "compile"
     or "graph" (on a GPU only). `optimizers` are those that the function steps.
 
-    The function must not wait for the device, and keep all it changes in place (parameters, statistics,
+    The flags are Python booleans by which the function branches, such as whether the actor is trained. The
+    function must not wait for the device, and must change everything in place (parameters, statistics,
     optimisers' counters). The numbers are those of the plain function up to rounding, but for what `compile`
     draws: random numbers of its own, from the same seed.
     """
@@ -33,7 +34,7 @@ def accelerate(function, how, device, optimizers=()):
             reason = next((x for x in str(error).split("\n") if x and not x.endswith("raised:")), "no reason")
             fix = "install a C++ compiler (on a GPU: Triton), or leave it out"
             raise BadInput(f"--accelerate compile does not work here ({reason}): {fix}.") from None
-    if how != "none" and on_gpu:  # a plain one counts its steps on the CPU: fewer launches
+    if how != "none" and on_gpu:  # left alone, they count their steps on the CPU
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["capturable"] = True
         warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # the warm-up's

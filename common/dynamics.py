@@ -35,7 +35,7 @@ def pendulum(obs, action):
 
 
 def double_integrator(obs, action):
-    """Position and velocity after DT = 0.05 s of acceleration `action`: s' = A s + B a, exactly."""
+    """The step of DoubleIntegrator-v1, s' = A s + B a: Euler's, of 0.05 s; the action is the acceleration."""
     return obs + 0.05 * torch.stack([obs[..., 1], action[..., 0]], dim=-1)
 
 

@@ -35,7 +35,11 @@ SAVED = ("step", "last_return", "best_return", "sums", "counts", "tables", "star
 
 
 class Run:
-    """A context around the training loop. `state` is all that a run is: {name: object with state_dict()}."""
+    """A context around the training loop, which takes its steps from `steps` and each action through `fetch`.
+
+    `state` is all that the script changes, {name: object with state_dict()}, its environment as "env". A
+    checkpoint has this, and the step, the tables and the random state.
+    """
 
     def __init__(self, args, script, state, device):
         self.args, self.state, self.device = args, state, device
