@@ -43,7 +43,7 @@ MODEL = ("ensemble_size", "model_hidden", "model_layers", "model_lr", "model_tra
 IDLE = [
     (("reward_hidden", "reward_layers"), lambda a: a["learned_reward"] is False, "without --learned-reward"),
     (MODEL, lambda a: a["oracle_dynamics"] and not a["learned_reward"], "with --oracle-dynamics"),
-    (("steve_horizon",), lambda a: a["steve"] is False, "with --no-steve"),
+    (("steve_horizon",), lambda a: a["steve"] is False, "without --steve"),
     (("num_samples",), lambda a: a["horizon"] == 0, "with --horizon 0"),
     (("rollouts", "rollout_growth", "rollout_length", "model_buffer_size"),
      lambda a: a["real_ratio"] == 1, "with --real-ratio 1"),

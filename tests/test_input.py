@@ -236,7 +236,7 @@ IDLE = [
     ("mage_td3", {"reward_hidden": 7}, {"learned_reward": True}, None),
     ("dyna_td3", {"model_hidden": 7}, {"oracle_dynamics": True}, "with --oracle-dynamics"),
     ("dyna_td3", {"model_lr": 7}, {"oracle_dynamics": True, "learned_reward": True}, None),
-    ("maac_sac", {"steve_horizon": 3}, {"steve": False}, "with --no-steve"),
+    ("maac_sac", {"steve_horizon": 3}, {"steve": False}, "without --steve"),
     ("maac_sac", {"steve_horizon": 3}, {}, None),
     ("maac_sac", {"num_samples": 7}, {"horizon": 0}, "with --horizon 0"),
     ("maac_sac", {"rollouts": 77}, {"real_ratio": 1}, "with --real-ratio 1"),
