@@ -26,8 +26,8 @@ In the paper, and in this file:
     β               alpha, exp(log_alpha)           trajectories from ŝ₀  --num-samples
     D_env, D_model  real, imagined                  𝒯 of Algorithm 1      --rollouts, --rollout-length
 
-Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics, K
-that of the members (the paper's M), M the rows of a batch for one of them, H the horizon of the function at
+Shapes: B is the batch, ds the dimension of an observation, da that of an action, N the number of critics,
+K that of the members (the paper's M), M the rows of a batch for one of them, H the horizon of the function at
 hand, S the number of trajectories from a state, C that of a search's candidates, E that of its elites; n is
 any number of rows.
 
