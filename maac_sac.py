@@ -203,6 +203,7 @@ class Args:
     critic_hidden: int = 256  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
     target_entropy: float | None = None  # Entropy is held near this, by default minus the action's dimension.
+    soft_targets: bool = True  # The critic's target counts the entropy of the actions to come, as SAC's does.
     # --- MAAC ---
     horizon: int = 4  # This is H, the number of model steps in the actor's objective.
     num_samples: int = 5  # The actor's objective is the mean over this many trajectories from each state.
@@ -538,8 +539,9 @@ def soft_targets(actor, critic_target, step, alpha, reward, next_obs, terminated
     T_hkj = r + gamma [sum_{i<h} gamma^i (r_i - alpha log pi_i) + gamma^h (Q_j(s_h, a_h) - alpha log pi_h)]
     begins in s_0 = s', for member k of the model and target critic j; after a terminal state nothing is
     added. Horizon 0 with one member is SAC's target. STEVE weighs the horizons by 1 / variance over members
-    and critics, to which the noise of actions and of the model adds. `step(obs, action)` is one step of the
-    model, and returns reward (n,), next_obs (n, ds) and terminated (n,).
+    and critics, to which the noise of actions and of the model adds. With an alpha of 0 there is no entropy
+    in the target, as in section 3.1. `step(obs, action)` is one step of the model, and returns reward (n,),
+    next_obs (n, ds) and terminated (n,).
     """
     # Every member gets a copy of the batch and answers all steps of the trajectories that start in its copy.
     # T₀ needs no step of the model. From one horizon to the next, one more imagined reward is added, and the
@@ -734,8 +736,8 @@ def train(args: Args) -> float:
         # imagined rows alike.
         obs, action, reward, next_obs, terminated = sample_batch()
         alpha = temperature["log_alpha"].exp().detach()
-        y, weights = soft_targets(actor, critic_target, step_member, alpha, reward, next_obs, terminated,
-                                  args.gamma, target_horizon, target_members)  # fmt: skip
+        y, weights = soft_targets(actor, critic_target, step_member, alpha * args.soft_targets, reward,
+                                  next_obs, terminated, args.gamma, target_horizon, target_members)
         loss = critic_loss(critic, obs, action, y)
         log = dict(critic_loss=loss, critic_grad=descend(critic_opt, loss))
         loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, args.horizon,

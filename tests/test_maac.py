@@ -467,6 +467,9 @@ def test_every_part_of_an_update_has_the_settings_of_the_run(given, tmp_path):
     assert {(x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0, 1)}
     assert {(x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0, 1)}  # one action in a state
     assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-0.5}
+    _, calls = given(tmp_path / "plain", soft_targets=False)
+    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("soft_targets", "actor_loss")]
+    assert set(alphas[0]) == {0} and len(set(alphas[1])) == 8  # the actor goes on to count its entropy
 
 
 SHARES = [(0.25, [(500, 2), (64, 6)]), (0, [(500, 0), (64, 8)]), (1, [(500, 8)])]
