@@ -73,7 +73,7 @@ Of the critic's target and the temperature:
   at it).
 - [ours] Entropy counts at every step of a target, as the soft value of SAC asks for. In theirs it counts in
   the last state only, and the steps before it are paid without. The paper's Bellman error (section 3.1) has
-  no entropy, and on HalfCheetah-v4 a seed of MAAC that fails with entropy in its targets learned without it.
+  no entropy, and neither has ours with `--no-soft-targets`.
 - [ours] The temperature's loss is linear in α, as SAC's authors print it; theirs is linear in log α. The two
   gradients differ by the factor α, which Adam divides out as long as α changes slowly.
 
