@@ -202,6 +202,7 @@ class Args:
     actor_hidden: int = 256  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 256  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
+    layer_norm: bool = False  # Layer normalisation in the critics keeps their values from running away.
     target_entropy: float | None = None  # Entropy is held near this, by default minus the action's dimension.
     soft_targets: bool = True  # The critic's target counts the entropy of the actions to come, as SAC's does.
     # --- MAAC ---
@@ -298,12 +299,14 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(members, dim_in, hidden, layers, dim_out):
+def mlp(members, dim_in, hidden, layers, dim_out, layer_norm=False):
     """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
     # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
-    # MAGE and MAAC take through a network change without jumps.
+    # MAGE and MAAC take through a network change without jumps. With layer_norm, what enters a swish layer is
+    # normalised over its units, so that no input, however far from the data, can make the output grow.
     widths = [dim_in] + [hidden] * layers
-    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
+    norm = [nn.LayerNorm(hidden, elementwise_affine=False)] * layer_norm
+    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), *norm, nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
 
 
@@ -336,10 +339,10 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
-    def __init__(self, obs_norm, action_dim, hidden, members):
+    def __init__(self, obs_norm, action_dim, hidden, members, layer_norm=False):
         super().__init__()
         self.obs_norm, self.members = obs_norm, members
-        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
+        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1, layer_norm)
 
     def forward(self, obs, action):
         # All critics see the same state. They may be asked about an action each, or about the same one.
@@ -668,8 +671,8 @@ def polyak(target, source, tau):
 def networks(args, obs_dim, action_dim):
     """{name: network}: critic, its target, model and actor."""
     # One normaliser of observations serves all networks, so that the target sees what the trained ones see.
-    obs_norm, size = Normaliser(obs_dim), (args.critic_hidden, args.num_critics)
-    critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
+    obs_norm, critic_args = Normaliser(obs_dim), (args.critic_hidden, args.num_critics, args.layer_norm)
+    critic, critic_target = (Critic(obs_norm, action_dim, *critic_args) for _ in range(2))
     # The target begins as a copy, and is moved by `polyak` alone: no optimiser has its parameters.
     critic_target.requires_grad_(False).load_state_dict(critic.state_dict())
     model = Dynamics(obs_norm, action_dim, args.model_hidden, args.model_layers, args.ensemble_size)

@@ -134,6 +134,7 @@ class Args:
     actor_hidden: int = 384  # Each of the actor's two hidden layers has this many units.
     critic_hidden: int = 384  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
+    layer_norm: bool = False  # Layer normalisation in the critics keeps their values from running away.
     policy_delay: int = 2  # The actor is updated once in this many updates of the critic.
     target_noise: float = 0.2  # The target actor's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
@@ -208,12 +209,14 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def mlp(members, dim_in, hidden, layers, dim_out):
+def mlp(members, dim_in, hidden, layers, dim_out, layer_norm=False):
     """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
     # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
-    # MAGE and MAAC take through a network change without jumps.
+    # MAGE and MAAC take through a network change without jumps. With layer_norm, what enters a swish layer is
+    # normalised over its units, so that no input, however far from the data, can make the output grow.
     widths = [dim_in] + [hidden] * layers
-    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), nn.SiLU())]
+    norm = [nn.LayerNorm(hidden, elementwise_affine=False)] * layer_norm
+    stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), *norm, nn.SiLU())]
     return nn.Sequential(*stack, EnsembleLinear(members, widths[-1], dim_out))
 
 
@@ -231,10 +234,10 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Q_1 ... Q_N(s, a): (B, ds) with (B, da), or with an action per critic (N, B, da) -> (N, B)."""
-    def __init__(self, obs_norm, action_dim, hidden, members):
+    def __init__(self, obs_norm, action_dim, hidden, members, layer_norm=False):
         super().__init__()
         self.obs_norm, self.members = obs_norm, members
-        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1)
+        self.net = mlp(members, len(obs_norm.mean) + action_dim, hidden, 2, 1, layer_norm)
 
     def forward(self, obs, action):
         # All critics see the same state. They may be asked about an action each, or about the same one.
@@ -340,9 +343,9 @@ def polyak(target, source, tau):
 def networks(args, obs_dim, action_dim):
     """{name: network}: actor and critic, and their targets."""
     # One normaliser of observations serves all networks, so that the targets see what the trained ones see.
-    obs_norm, size = Normaliser(obs_dim), (args.critic_hidden, args.num_critics)
+    obs_norm, critic_args = Normaliser(obs_dim), (args.critic_hidden, args.num_critics, args.layer_norm)
     actor, actor_target = (Actor(obs_norm, action_dim, args.actor_hidden) for _ in range(2))
-    critic, critic_target = (Critic(obs_norm, action_dim, *size) for _ in range(2))
+    critic, critic_target = (Critic(obs_norm, action_dim, *critic_args) for _ in range(2))
     # The targets begin as copies, and are moved by `polyak` alone: no optimiser has their parameters.
     for target, source in ((actor_target, actor), (critic_target, critic)):
         target.requires_grad_(False).load_state_dict(source.state_dict())

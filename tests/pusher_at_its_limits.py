@@ -21,7 +21,7 @@ def load(run_dir):
     args = mage_td3.Args(**state["args"])  # the other scripts have fewer
     norm, da = mage_td3.Normaliser(23), 7
     actor = mage_td3.Actor(norm, da, args.actor_hidden)
-    critic = mage_td3.Critic(norm, da, args.critic_hidden, args.num_critics)
+    critic = mage_td3.Critic(norm, da, args.critic_hidden, args.num_critics, args.layer_norm)
     model = mage_td3.Dynamics(norm, da, args.model_hidden, args.model_layers, args.ensemble_size)
     for name, net in dict(actor=actor, critic=critic, model=model).items():
         if name in state:

@@ -360,6 +360,23 @@ def test_critics_take_one_action_or_one_for_each_of_them(setting):
     assert_same([s.critic(s.obs, other)], [expected])
 
 
+@about("td3", "Critic", "mlp")
+def test_layer_norm_bounds_what_a_critic_says_far_from_the_data():
+    """Ten times as far off a swish network says ten times as much, and with layer_norm the same."""
+    torch.manual_seed(0)
+    norm, obs, action = td3.Normaliser(3), torch.randn(8, 3).double(), torch.zeros(8, 1).double()
+    plain, bounded = (td3.Critic(norm, 1, 16, 2, layer_norm).double() for layer_norm in (False, True))
+    near, far = (bounded(scale * obs, action) for scale in (1e6, 1e7))
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(bounded(obs, action), bounded(obs, action + 1), rtol=0.01)
+    near, far = (plain(scale * obs, action) for scale in (1e6, 1e7))
+    torch.testing.assert_close(far, 10 * near, rtol=1e-3, atol=1.0)
+    hidden = plain.net[0](torch.cat([obs, action], -1).expand(2, -1, -1))
+    layers = [layer for layer in bounded.net if isinstance(layer, torch.nn.LayerNorm)]
+    assert len(layers) == 2 and not list(layers[0].parameters())  # the members share them
+    torch.testing.assert_close(layers[0](hidden).mean(-1), torch.zeros(2, 8).double(), atol=1e-6, rtol=0)
+
+
 @about("td3", "Normaliser")
 def test_normaliser_has_the_mean_and_standard_deviation_of_what_it_saw():
     data = np.random.default_rng(0).normal([5, -1e4, 2, 3], [2, 1e-3, 0, 2e-6], (1000, 4))
