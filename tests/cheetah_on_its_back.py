@@ -6,7 +6,6 @@ of maac_sac.py also the entropy of its policy in both, which has a target on the
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from common.envs import make_env
 from common.evaluate import load_script
 from common.files import NEWEST, read_checkpoint
 from common.run import EVAL_SEED
-from maac_sac import networks
+from maac_sac import Args, networks
 
 
 def upside_down(obs):  # (..., ds) -> bool; the angle of the torso is third, after x velocity and height
@@ -43,7 +42,7 @@ def main(run_dir):
     for i in range(0, len(rows), 500):
         print(f"  {i:6}-{i + 500:6} {upside_down(rows[i : i + 500]).mean():.2f}")
     if "temperature" in state:
-        actor = networks(SimpleNamespace(**state["args"]), len(obs), env.action_space.shape[0])["actor"]
+        actor = networks(Args(**state["args"]), len(obs), env.action_space.shape[0])["actor"]
         actor.load_state_dict(state["actor"])
         for where, states in (("where it goes", visited), ("on its data", rows[:, : len(obs)])):
             entropy = -actor.sample(torch.as_tensor(np.array(states)))[1].mean()
