@@ -178,9 +178,9 @@ BUGS = [
         "maac_sac",
         "The critic chases a target that runs as fast as the critic itself. Which network was made to stand "
         "still?",
-        "Compare what `update` gives to soft_targets with that function's own name for it.",
-        "= soft_targets(actor, critic_target,",
-        "= soft_targets(actor, critic,",
+        "Compare what `update` gives to steve_targets with that function's own name for it.",
+        "= steve_targets(actor, critic_target,",
+        "= steve_targets(actor, critic,",
         "The targets come from the slow copy of the critic, critic_target.",
         "test_targets_are_of_the_target_critic_and_the_actor_follows_the_live_one",
         MAAC,

@@ -32,7 +32,7 @@ LADDER = ["td3", "dyna_td3", "mage_td3", "maac_sac"]  # lowest rung first
 SCRIPTS = [name for name in LADDER if (ROOT / f"{name}.py").exists()]
 TD3 = ["td3", "dyna_td3", "mage_td3"]
 DYNA = TD3[1:]
-SAC = dict(horizon=0, steve=False, real_ratio=1)  # what makes maac_sac.py plain SAC
+SAC = dict(soft_targets=True, horizon=0, steve=False, real_ratio=1)  # what makes maac_sac.py plain SAC
 TINY = dict(
     env_id="Pendulum-v1", total_timesteps=60, eval_every=20, eval_episodes=1, learning_starts=20,
     buffer_size=500, updates_per_step=2, batch_size=8, actor_hidden=8, critic_hidden=8, ensemble_size=2,

@@ -747,7 +747,7 @@ def test_log_probability_is_that_of_the_squashed_gaussian():
 
 
 # --- MAAC: SAC is a setting ---------------------------------------------------------------------------------
-@about("maac_sac", "actor_loss", "critic_loss", "soft_targets")
+@about("maac_sac", "actor_loss", "critic_loss", "steve_targets")
 def test_horizon_zero_without_steve_is_sac():
     """A plain SAC, written down: the same losses, the same gradients, the same temperature loss."""
     actor, critic, critic_target, _ = networks()
@@ -758,7 +758,7 @@ def test_horizon_zero_without_steve_is_sac():
 
     torch.manual_seed(0)
     outcome = (reward, next_obs, done)
-    y, weights = maac_sac.soft_targets(actor, critic_target, forbidden, alpha, *outcome, DISCOUNT, 0, 1)
+    y, weights = maac_sac.steve_targets(actor, critic_target, forbidden, alpha, *outcome, DISCOUNT, 0, 1)
     q_loss = maac_sac.critic_loss(critic, obs, action, y)
     pi_loss, log_prob = maac_sac.actor_loss(actor, critic, forbidden, alpha, obs, DISCOUNT, 0, 1)
     assert weights.tolist() == [1.0]
@@ -801,7 +801,7 @@ def test_the_temperature_loss_is_linear_in_alpha():
 
 
 # --- MAAC: critic targets -----------------------------------------------------------------------------------
-@about("maac_sac", "soft_targets")
+@about("maac_sac", "steve_targets")
 def test_steve_targets_and_weights_are_those_of_a_hand_computation():
     """Two members, two critics, two rows, horizon 1: T_0 and T_1 one by one, then 1 / variance."""
 
@@ -817,7 +817,7 @@ def test_steve_targets_and_weights_are_those_of_a_hand_computation():
         return obs[:, 0], obs + add[:, None], torch.tensor([False, True, False, False])
 
     outcome = torch.tensor([1.0, 2.0]), torch.tensor([[10.0], [20.0]]), torch.tensor([False, False])
-    y, weights = maac_sac.soft_targets(Scripted(), critic, step, 2.0, *outcome, 0.5, 1, 2)
+    y, weights = maac_sac.steve_targets(Scripted(), critic, step, 2.0, *outcome, 0.5, 1, 2)
 
     t0 = np.array([[[1 + 0.5 * (10 + c - 2), 2 + 0.5 * (20 + c - 4)]] * 2 for c in (0, 0.5)])  # (N, K, B)
     t1 = np.empty((2, 2, 2))
@@ -835,7 +835,7 @@ def test_steve_targets_and_weights_are_those_of_a_hand_computation():
     assert 0.001 < weights.min()
 
 
-@about("maac_sac", "soft_targets")
+@about("maac_sac", "steve_targets")
 def test_the_smaller_critic_counts_on_each_trajectory():
     """Q_1 = s and Q_2 = -s: at -2 and 2, where members go, either is smaller once; their means: 0."""
 
@@ -850,21 +850,21 @@ def test_the_smaller_critic_counts_on_each_trajectory():
         return torch.zeros(2), torch.tensor([[-2.0], [2.0]]), torch.tensor([False, False])
 
     outcome = torch.tensor([0.0]), torch.tensor([[1.0]]), torch.tensor([False])
-    y, weights = maac_sac.soft_targets(Still(), critic, step, 0.0, *outcome, 1.0, 1, 2)
+    y, weights = maac_sac.steve_targets(Still(), critic, step, 0.0, *outcome, 1.0, 1, 2)
     torch.testing.assert_close(weights, torch.tensor([0.8, 0.2]))  # variances 1 and 4
     torch.testing.assert_close(y, torch.tensor([0.8 * -1 + 0.2 * -2]))
 
 
-@about("maac_sac", "soft_targets")
+@about("maac_sac", "steve_targets")
 def test_terminated_transitions_are_worth_their_reward():
     actor, _, critic_target, model = networks(ds=2, da=1)
     reward, obs = torch.randn(8).double(), torch.randn(8, 2).double()
     done = torch.ones(8, dtype=torch.bool)
-    y, _ = maac_sac.soft_targets(actor, critic_target, true_step, 0.1, reward, obs, done, DISCOUNT, 2, K)
+    y, _ = maac_sac.steve_targets(actor, critic_target, true_step, 0.1, reward, obs, done, DISCOUNT, 2, K)
     torch.testing.assert_close(y, reward)
 
 
-@about("maac_sac", "soft_targets")
+@about("maac_sac", "steve_targets")
 def test_steve_combines_horizons_when_critics_disagree_as_much_as_members():
     """Random critics differ from one another, as those of a young run do: no horizon takes all the weight."""
     torch.manual_seed(0)
@@ -877,5 +877,5 @@ def test_steve_combines_horizons_when_critics_disagree_as_much_as_members():
 
     reward, obs = torch.randn(64).double(), torch.randn(64, 2).double()
     done = torch.zeros(64, dtype=torch.bool)
-    _, weights = maac_sac.soft_targets(actor, critic_target, step, 0.1, reward, obs, done, 0.99, 2, K)
+    _, weights = maac_sac.steve_targets(actor, critic_target, step, 0.1, reward, obs, done, 0.99, 2, K)
     assert weights.sum() == pytest.approx(1) and weights.min() > 0.05 and weights.max() < 0.9

@@ -387,9 +387,9 @@ def test_a_plan_ends_with_the_smaller_critic_and_gets_nothing_after_termination(
 
 # --- settings of a run --------------------------------------------------------------------------------------
 SETTINGS = {  # name: flags, whether it fits a model, whether it learns from imagined data
-    "SAC": (dict(horizon=0, no_steve=True, real_ratio=1), False, False),
-    "MBPO": (dict(horizon=0, no_steve=True), True, True),
-    "STEVE": (dict(horizon=0, real_ratio=1), True, False),
+    "SAC": (dict(soft_targets=True, horizon=0, no_steve=True, real_ratio=1), False, False),
+    "MBPO": (dict(soft_targets=True, horizon=0, no_steve=True), True, True),
+    "STEVE": (dict(soft_targets=True, horizon=0, real_ratio=1), True, False),
     "MAAC": (dict(), True, True),
 }
 
@@ -437,7 +437,7 @@ def given(monkeypatch):
         return train("maac_sac", run_dir, **settings), calls
 
     monkeypatch.setattr(maac_sac, "fit_model", partial(maac_sac.fit_model, max_epochs=1))
-    for name in ("soft_targets", "critic_loss", "actor_loss", "temperature_loss", "imagine_data", "polyak"):
+    for name in ("steve_targets", "critic_loss", "actor_loss", "temperature_loss", "imagine_data", "polyak"):
         monkeypatch.setattr(maac_sac, name, spy(name, getattr(maac_sac, name)))
     monkeypatch.setattr(maac_sac.ReplayBuffer, "sample", spy("sample", maac_sac.ReplayBuffer.sample))
     return run
@@ -446,7 +446,7 @@ def given(monkeypatch):
 def test_targets_are_of_the_target_critic_and_the_actor_follows_the_live_one(given, tmp_path):
     """A row of a target stays with its member; the actor's trajectories are shuffled at every step."""
     _, calls = given(tmp_path)
-    every = zip(calls["soft_targets"], calls["critic_loss"], calls["actor_loss"], strict=True)
+    every = zip(calls["steve_targets"], calls["critic_loss"], calls["actor_loss"], strict=True)
     for target, critic, actor in every:
         assert actor["critic"] is critic["critic"] is not target["critic_target"]
         assert [x["step"].keywords["shuffle"] for x in (target, actor)] == [False, True]
@@ -458,18 +458,18 @@ def test_every_part_of_an_update_has_the_settings_of_the_run(given, tmp_path):
     parts = ("actor_opt", "critic_opt", "alpha_opt", "model_opt")
     rates = [checkpoint(run)[part]["param_groups"][0]["lr"] for part in parts]
     assert rates == [0.1, 0.1, 0.1, 2e-3] and {x["tau"] for x in calls["polyak"]} == {0.02}
-    assert {(x["gamma"], x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0.9, 1, 2)}
+    assert {(x["gamma"], x["horizon"], x["members"]) for x in calls["steve_targets"]} == {(0.9, 1, 2)}
     assert {(x["gamma"], x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0.9, 3, 5)}
     assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-1}  # -da
-    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("soft_targets", "actor_loss")]
-    assert alphas[0] == alphas[1] and alphas[0][0] == 1 and len(set(alphas[0])) == 8  # it is learned
+    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("steve_targets", "actor_loss")]
+    assert set(alphas[0]) == {0}  # no entropy in the target
+    assert alphas[1][0] == 1 and len(set(alphas[1])) == 8  # it is learned
     _, calls = given(tmp_path / "sac", **SETTINGS["SAC"][0], num_samples=5, target_entropy=-0.5)
-    assert {(x["horizon"], x["members"]) for x in calls["soft_targets"]} == {(0, 1)}
+    assert {(x["horizon"], x["members"]) for x in calls["steve_targets"]} == {(0, 1)}
     assert {(x["horizon"], x["samples"]) for x in calls["actor_loss"]} == {(0, 1)}  # one action in a state
     assert {x["target_entropy"] for x in calls["temperature_loss"]} == {-0.5}
-    _, calls = given(tmp_path / "plain", soft_targets=False)
-    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("soft_targets", "actor_loss")]
-    assert set(alphas[0]) == {0} and len(set(alphas[1])) == 8  # the actor goes on to count its entropy
+    alphas = [[x["alpha"].item() for x in calls[name]] for name in ("steve_targets", "actor_loss")]
+    assert alphas[0] == alphas[1] and alphas[0][0] == 1 and len(set(alphas[0])) == 8
 
 
 SHARES = [(0.25, [(500, 2), (64, 6)]), (0, [(500, 0), (64, 8)]), (1, [(500, 8)])]

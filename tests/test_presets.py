@@ -15,15 +15,17 @@ FOLDERS = {  # the runs that the table of a script is about
     "mage_td3": [f"laptop/{env_id}/mage_td3" for env_id in ("Pendulum-v1", HALFCHEETAH, "Pusher-v4")],
     "maac_sac": [
         "laptop/Pendulum-v1/maac",
-        f"random_5000/{HALFCHEETAH}/maac_no_steve",
         f"random_5000/{HALFCHEETAH}/maac",
+        f"random_5000/{HALFCHEETAH}/maac_soft",
+        f"random_5000/{HALFCHEETAH}/maac_steve_soft",
     ],
 }
 FLAGS = {  # with which they were made
     **{folder: "--updates-per-step 10" for folder in FOLDERS["td3"]},
     f"laptop/{HALFCHEETAH}/dyna_td3": "--accelerate compile",
     f"laptop/{HALFCHEETAH}/mage_td3": "--accelerate compile",
-    f"random_5000/{HALFCHEETAH}/maac": "--steve",
+    f"random_5000/{HALFCHEETAH}/maac_soft": "--soft-targets",
+    f"random_5000/{HALFCHEETAH}/maac_steve_soft": "--soft-targets --steve",
 }
 
 

@@ -1,7 +1,7 @@
 """The shapes in the trailing comments, `# (N, B, da)`, are those of the tensors of a real update.
 
 A letter has one meaning in a whole script. In a function that is called with different numbers of rows,
-M and n are the rows that it was given; and H in `soft_targets` and `plan_action` is their own argument.
+M and n are the rows that it was given; and H in `steve_targets` and `plan_action` is their own argument.
 """
 
 import ast
@@ -25,7 +25,7 @@ OF_A_CALL = {  # function: what a letter means in a call of it, from its argumen
     "model_loss": lambda here: dict(M=here["obs"].shape[1]),
     "model_losses": lambda here: dict(M=here["obs"].shape[1]),
     "sample": lambda here: dict(n=len(here["obs"])) if "obs" in here else {},
-    "soft_targets": lambda here: dict(H=here["horizon"]),
+    "steve_targets": lambda here: dict(H=here["horizon"]),
     "plan_action": lambda here: dict(
         n=len(here["obs"]), C=here["candidates"], E=here["elites"], H=here["horizon"]
     ),

@@ -115,7 +115,7 @@ def learn(args, seed):
     optimizer = maac_sac.adam(critic, SIZES.lr)
     for _ in range(args.critic_updates):  # SAC's target without entropy: alpha 0, horizon 0, one member
         obs, action, *outcome = buffer.sample(SIZES.batch_size)
-        y, _ = maac_sac.soft_targets(policy, critic_target, None, 0.0, *outcome, args.gamma, 0, 1)
+        y, _ = maac_sac.steve_targets(policy, critic_target, None, 0.0, *outcome, args.gamma, 0, 1)
         maac_sac.descend(optimizer, maac_sac.critic_loss(critic, obs, action, y))
         maac_sac.polyak(critic_target, critic, SIZES.tau)
     return model.double(), critic.double()
