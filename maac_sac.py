@@ -17,8 +17,8 @@ Equations; the paper does not number them:
 
 For T_hkj member k imagines h steps from s', which is s₀ there, and Q̄ⱼ is the slowly moving copy of Qⱼ
 (critic_target). The variance is averaged over the batch, and nothing is added after a terminal state. SAC's
-target also counts the entropy of each action that is taken on the way: with --soft-targets
-- α log π(aᵢ|sᵢ) is added to each rᵢ, and - α log π(a_h|s_h) to Q̄ⱼ.
+target also counts the entropy of every action on the way: with --soft-targets rᵢ - α log π(aᵢ|sᵢ) stands in
+the place of rᵢ, and Q̄ⱼ(s_h, a_h) - α log π(a_h|s_h) in that of Q̄ⱼ(s_h, a_h).
 
 In the paper, and in this file:
     s, a, r         obs, action, reward             H                     --horizon
@@ -76,8 +76,8 @@ Of the critic's target and the temperature:
   at it).
 - [paper] No entropy counts in a target, since the Bellman error of section 3.1 has none. In theirs it counts
   in the last state of a target, and in SAC at every step (--soft-targets). On HalfCheetah-v4 a seed of three
-  fails with it: the temperature rises, the critic counts the temperature times the entropy of later states as
-  a cost, and the policy learns to be random there instead of to run (tests/reference/README.md).
+  fails with it, since the critic counts the temperature times the low entropy of later states as a cost, for
+  which the temperature rises. Without it a seed overestimated for a while (tests/reference/README.md).
 - [ours] The temperature's loss is linear in α, as SAC's authors print it; theirs is linear in log α. The two
   gradients differ by the factor α, which Adam divides out as long as α changes slowly.
 
@@ -745,8 +745,9 @@ def train(args: Args) -> float:
         # imagined rows alike.
         obs, action, reward, next_obs, terminated = sample_batch()
         alpha = temperature["log_alpha"].exp().detach()
+        # The entropy counts in the actor's objective, and in the targets only if they are to be soft.
         y, weights = steve_targets(actor, critic_target, step_member, alpha * args.soft_targets, reward,
-                                  next_obs, terminated, args.gamma, target_horizon, target_members)
+                                   next_obs, terminated, args.gamma, target_horizon, target_members)
         loss = critic_loss(critic, obs, action, y)
         log = dict(critic_loss=loss, critic_grad=descend(critic_opt, loss))
         loss, log_prob = actor_loss(actor, critic, step_shuffled, alpha, obs, args.gamma, args.horizon,
