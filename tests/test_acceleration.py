@@ -116,11 +116,12 @@ def test_every_call_of_a_graph_is_one_execution(flags, monkeypatch):
     assert len(streams) == 2 and set(map(id, used)) == {id(streams[1])}  # warm-up and capture share one
 
 
-def mage_terms(compiled):
+def mage_terms(compiled, layer_norm):
     mage = script("mage_td3")
     torch.manual_seed(0)
     norm = mage.Normaliser(3)
-    actor, (critic, target) = mage.Actor(norm, 1, 16), (mage.Critic(norm, 1, 16, 2) for _ in range(2))
+    actor, (critic, target) = mage.Actor(norm, 1, 16), (
+        mage.Critic(norm, 1, 16, 2, layer_norm) for _ in range(2))  # fmt: skip
     model = mage.Dynamics(norm, 1, 16, 2, 4)  # its parameters want gradients, in vain here
     model.delta_norm.std.fill_(0.1)
     reward_of, terminated_at = reward_fn("Pendulum-v1"), termination_fn("Pendulum-v1")
@@ -140,8 +141,9 @@ def mage_terms(compiled):
     return terms, grads, [p.grad for p in model.parameters()]
 
 
-def test_the_compiled_mage_loss_is_the_loss():
-    (terms, grads, others), (wanted, wanted_grads, _) = mage_terms(True), mage_terms(False)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_compiled_mage_loss_is_the_loss(layer_norm):
+    (terms, grads, others), (wanted, wanted_grads, _) = (mage_terms(how, layer_norm) for how in (True, False))
     torch.testing.assert_close(terms, wanted, rtol=1e-5, atol=1e-6)
     for found, want in zip(grads, wanted_grads, strict=True):
         for left, right in zip(found, want, strict=True):
