@@ -29,7 +29,7 @@ def table(path):
 
 
 def test_everything_is_measured(tmp_path):
-    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--minutes", "5", "--out", tmp_path]
+    command = [sys.executable, "-m", "tests.gpu", "--device", "cpu", "--minutes", "10", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -201,7 +201,7 @@ def test_ways_that_differ_in_one_update_do_not_agree(name, small, monkeypatch):
     assert all("error" not in row and row["agrees"] for row in agreement.compare(name, CPU))
     monkeypatch.setattr(agreement, "accelerate", accelerate)
     row, error = agreement.compare(name, CPU)
-    assert row["weights_apart"] > 2 * max(agreement.FAR.values()) and not row["agrees"]
+    assert row["weights_apart"] > 1.5 * max(agreement.FAR.values()) and not row["agrees"]
     assert f"{name}: again is" in error["error"]
 
 
