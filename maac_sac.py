@@ -77,7 +77,7 @@ Of the critic's target and the temperature:
 - [paper] No entropy counts in a target, since the Bellman error of section 3.1 has none. In theirs it counts
   in the last state of a target, and in SAC at every step (--soft-targets). On HalfCheetah-v4 a seed of three
   fails with it, since the critic counts the temperature times the low entropy of later states as a cost, for
-  which the temperature rises. Without it a seed overestimated for a while (tests/reference/README.md).
+  which the temperature rises. Without it two seeds overestimated for a while (tests/reference/README.md).
 - [ours] The temperature's loss is linear in α, as SAC's authors print it; theirs is linear in log α. The two
   gradients differ by the factor α, which Adam divides out as long as α changes slowly.
 
