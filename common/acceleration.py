@@ -5,17 +5,19 @@ import warnings
 
 import torch
 
-from common import BadInput
+from common import BadInput, Fault, memory_is_full, one_line
 
 WARM_UP = 3  # calls before a capture: they create gradients and the optimisers' state, and choose the kernels
-# What --accelerate auto means on a GPU. No graph has run on one yet: it becomes "graph" when one has, and has
-# given the numbers of the plain function there.
-AUTO = "none"
 
 
 def accelerate(function, how, device, optimizers=()):
-    """function(*flags) -> {name: 0-d tensor}, made faster by --accelerate; how is "none", "auto", "compile"
-    or "graph" (on a GPU only). `optimizers` are those that the function steps.
+    """function(*flags) -> {name: 0-d tensor}, made faster by --accelerate. `optimizers` are those that the
+    function steps, and how is one of these:
+
+    - "none": the function itself.
+    - "graph", on a GPU only: it is replayed as a CUDA graph.
+    - "compile": it goes through torch.compile, and on a GPU what comes of that is replayed as a CUDA graph.
+    - "auto": "graph" on a GPU, "none" on a CPU.
 
     The flags are Python booleans by which the function branches, such as whether the actor is trained. The
     function must not wait for the device, and must change everything in place (parameters, statistics,
@@ -24,7 +26,7 @@ def accelerate(function, how, device, optimizers=()):
     """
     on_gpu = device.type == "cuda"
     if how == "auto":
-        how = AUTO if on_gpu else "none"
+        how = "graph" if on_gpu else "none"
     if how == "graph" and not on_gpu:
         raise BadInput("--accelerate graph is for a GPU: use --accelerate compile, or leave it out.")
     if how == "compile":
@@ -38,7 +40,11 @@ def accelerate(function, how, device, optimizers=()):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["capturable"] = True
         warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # the warm-up's
-    return {"none": lambda f: f, "compile": torch.compile, "graph": Graphed}[how](function)
+    if how == "compile":
+        # The sizes never change. Told nothing, torch.compile takes some number for one that does, and PyTorch
+        # 2.11 then ends with an error of its own on a GPU, where the optimiser is RAdam.
+        function = torch.compile(function, dynamic=False)
+    return Graphed(function) if how != "none" and on_gpu else function
 
 
 class Graphed:
@@ -64,8 +70,18 @@ class Graphed:
             return out
         if flags not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.graphs[flags] = graph, self.run(*flags)
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.graphs[flags] = graph, self.run(*flags)
+            except RuntimeError as error:
+                reason = error.__context__ or error  # PyTorch also says that the capture ended badly
+                if memory_is_full(reason):
+                    raise reason from None
+                fault = f"--accelerate: an update cannot become a CUDA graph ({one_line(reason)})"
+                raise Fault(
+                    f"{fault}. What it calls, such as a reward of your own, must not wait for the GPU, as "
+                    ".item() and `if` on a tensor do: change that, or use --accelerate none."
+                ) from reason
         graph, out = self.graphs[flags]
         graph.replay()
         return out

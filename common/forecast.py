@@ -22,7 +22,8 @@ class Forecast:
         self.on_cpu = args.preset == "paper" and device.type == "cpu"
         self.period = getattr(args, "model_train_every", 1)
         # What --accelerate puts around the training of the model works at its first burst.
-        warm_up = WARM_UP if args.accelerate == "none" else max(WARM_UP, self.period)
+        plain = args.accelerate == "none" or (args.accelerate == "auto" and device.type == "cpu")
+        warm_up = WARM_UP if plain else max(WARM_UP, self.period)
         self.first = max(step, args.learning_starts) + warm_up  # the clock starts when this step ends
         self.began = self.paused = self.evaluation = 0.0
         self.told = False

@@ -8,11 +8,11 @@ It has five parts, each in processes of its own, so that one that fails or hangs
 2. tests: those of the suite that need a GPU.
 3. agreement: how far apart plain and faster functions are, for each script, after the same updates.
 4. speed: milliseconds, launches, share of the float32 matmul rate and memory, for each script and way.
-5. training: MAGE-TD3 on HalfCheetah-v4 with the paper preset, several seeds side by side, with the minutes
+5. training: Dyna-TD3 and MAGE-TD3 on HalfCheetah-v4 with the paper preset, side by side, with the minutes
    that are left. The same command with the same folder goes on where they stopped.
 
 FOLDER gets gpu.json, written anew after every part, with the tables agreement.csv, updates.csv and steps.csv,
-and while the training goes on its curves, mage_td3/seed-<n>.csv (the runs are in runs/). What went wrong is
+and while the training goes on its curves, <script>/seed-0.csv (the runs are in runs/). What went wrong is
 in gpu.json and on the screen, and the exit code is then 1. With --device cpu all sizes are tiny and nothing
 is accelerated, which says nothing but that the command works.
 """
@@ -41,7 +41,7 @@ NEEDED = ("gymnasium", "mujoco", "numpy", "tyro", "tensorboard", "tqdm", "filelo
 SHARES = {"card": 0.1, "tests": 0.2, "agreement": 0.25, "speed": 0.35, "training": 1.0}
 TABLES = {"agreement": "agreement", "updates": "speed", "steps": "speed"}  # a CSV file, and whose it is
 WAYS = {"cuda": ("none graph", "compile"), "cpu": ("none",)}  # compiling comes last: it takes the longest
-SEEDS = 4
+TRAINED = ("dyna_td3", "mage_td3")
 NEEDS_A_GPU = "needs a GPU"  # the reason why a test is skipped without one
 STOPPING = 20  # seconds that the runs of the training get to save
 
@@ -98,7 +98,8 @@ def compare(names, device):
 
 def measure(what, device):
     speed = importlib.import_module("tests.speed")
-    for row in speed.rows(*(words.split() for words in what.split(":")), device):
+    names, ways, others = what.split(":", 2)
+    for row in speed.rows(names.split(), ways.split(), device, others):
         tell(**row)
 
 
@@ -163,15 +164,16 @@ class Measurement:
         return not any(self.result[part]["errors"] for part in SHARES)
 
     def ask_all(self, part, found, end):
-        """The processes of a part, one after the other, but for those of the agreement: it times nothing."""
+        """The processes of a part, a script in each; those that are timed wait for each other."""
         names, groups = SCRIPTS if self.device == "cuda" else [" ".join(SCRIPTS)], [[""]]
-        if part == "agreement":
-            groups = [names]
-        elif part == "speed":
-            groups = [[f"{name}:{ways}"] for ways in WAYS[self.device] for name in names]
-        for group in groups:
-            self.ask(part, group, found, end)
-            self.write()
+        with tempfile.NamedTemporaryFile() as others:
+            if part == "agreement":
+                groups = [names]
+            elif part == "speed":
+                groups = [[f"{name}:{ways}:{others.name}" for name in names] for ways in WAYS[self.device]]
+            for group in groups:
+                self.ask(part, group, found, end)
+                self.write()
 
     def ask(self, part, names, found, end):
         """A process for each of the names, all at once; none of them runs on after `end`."""
@@ -181,11 +183,12 @@ class Measurement:
         running = {}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                for name in names:
+                for i, name in enumerate(names):
                     words = ["tests.gpu", "--device", self.device, "--part", part, name]
-                    running[name] = started(words, f"{folder}/{name}.out", f"{folder}/{name}.err", ROOT)
-                for name, process in running.items():
-                    out, said = (Path(folder, f"{name}.{kind}") for kind in ("out", "err"))
+                    running[name] = started(words, f"{folder}/{i}.out", f"{folder}/{i}.err", ROOT)
+                for i, (what, process) in enumerate(running.items()):
+                    out, said = (Path(folder, f"{i}.{kind}") for kind in ("out", "err"))
+                    name = what.rpartition(":")[0] or what  # without the file by which they wait
                     failure = f"{name} was stopped, the time of this part was over"
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         code = process.wait(max(0, end - time.monotonic()))
@@ -202,18 +205,18 @@ class Measurement:
 
     def train(self, found, end):
         """A sweep in the folder, stopped in time for its runs to save."""
-        compared = {(row["script"], row["accelerate"]): row for row in self.result["agreement"]["rows"]}
-        agrees = compared.get(("mage_td3", "graph"), {"agrees": False})["agrees"]
-        found["accelerate"] = "graph" if agrees else "none"
+        rows = self.result["agreement"]["rows"]
+        agree = {(row["script"], row["accelerate"]) for row in rows if row["agrees"]}
+        fast = [how for how in ("compile", "graph") if agree >= {(name, how) for name in TRAINED}]
+        found["accelerate"], *_ = [*fast, "none"]
         flags = ["--device", self.device, "--accelerate", found["accelerate"], "--checkpoint-every", "60"]
-        seeds = SEEDS
         if self.device == "cpu":
-            seeds, tiny = 2, importlib.import_module("tests.conftest").tiny
-            flags += tiny("mage_td3", env_id="HalfCheetah-v4", eval_max_steps=20)[2:]
-        words = ["common.benchmark", "--scripts", "mage_td3", "--env-ids", "HalfCheetah-v4"]
+            tiny = importlib.import_module("tests.conftest").tiny
+            flags += tiny("dyna_td3", env_id="HalfCheetah-v4", eval_max_steps=20)[2:]
+        words = ["common.benchmark", "--scripts", *TRAINED, "--env-ids", "HalfCheetah-v4"]
         log, stopped = self.out / "training.log", True
         log.unlink(missing_ok=True)
-        sweep = started([*words, "--seeds", str(seeds), "--", *flags], log, log, self.out)
+        sweep = started([*words, "--seeds", "1", "--", *flags], log, log, self.out)
         try:
             while sweep.poll() is None and time.monotonic() < end - min(STOPPING, self.seconds / 4):
                 time.sleep(0.5)
@@ -235,17 +238,19 @@ class Measurement:
     def collect(self, found):
         """The curves of the runs so far."""
         found["rows"] = []
-        for path in sorted(self.out.glob("runs/HalfCheetah-v4/mage_td3/seed-*/eval.csv")):
-            copy = self.out / "mage_td3" / f"{path.parent.name}.csv"
+        for path in sorted(self.out.glob("runs/HalfCheetah-v4/*/seed-*/eval.csv")):
+            script = path.parts[-3]
+            copy = self.out / script / f"{path.parent.name}.csv"
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
             with copy.open(newline="") as file:
-                found["rows"] += [{"seed": path.parent.name} | row for row in csv.DictReader(file)]
+                found["rows"] += [{"script": script} | row for row in csv.DictReader(file)]
 
 
 def started(words, out, err, folder):
     """A process of `python -m`, with its output in files."""
-    own = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=folder, start_new_session=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    own = dict(env=os.environ | {"PYTHONPATH": path}, cwd=folder, start_new_session=True)
     with open(out, "ab") as out, open(err, "ab") as err:
         return subprocess.Popen([sys.executable, "-m", *words], stdout=out, stderr=err, **own)
 

@@ -7,6 +7,8 @@ compared runs in turns in one process and the median is shown, so that ratios ho
 """
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import importlib
 import itertools
@@ -89,7 +91,7 @@ def seconds(jobs, turns, device):
             job()
             wait()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items() if values}
 
 
 def matmul_rate(device):
@@ -274,25 +276,38 @@ def where(job):
     return ", ".join(f"{x.key.removeprefix('aten::')} {x.self_cpu_time_total / total:.0%}" for x in first)
 
 
-def rows(names, ways, device):
-    """Yields the numbers of the first two tables as rows, a script and a way at a time, or why not."""
-    rate, turns = matmul_rate(device), 9 if device.type == "cuda" else 1
+@contextlib.contextmanager
+def among(others, alone):
+    """Of the processes that share the file `others`, one may be in here alone, or any number that are not."""
+    with open(others, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def rows(names, ways, device, others):
+    """Yields the numbers of the first two tables as rows, a script and a way at a time, or why not. What is
+    made and compiled may be so beside other processes; nobody does anything while one of them is timed."""
+    turns = 9 if device.type == "cuda" else 1
     for name, how in itertools.product(names, ways):
         try:
-            plain, inside = learning_of(name, "none", device)
-            counts, args = {part: counted(job, device) for part, job in plain.items()}, inside["args"]
-            plain = inside = parts = None  # noqa: F841
-            before = held(device)
-            parts, _ = learning_of(name, how, device)
-            times = seconds(parts, turns, device)
+            with among(others, alone=False):
+                plain, inside = learning_of(name, "none", device)
+                counts, args = {part: counted(job, device) for part, job in plain.items()}, inside["args"]
+                plain = inside = parts = None  # noqa: F841
+                before = held(device)
+                parts, _ = learning_of(name, how, device)
+                seconds(parts, 0, device)
+            with among(others, alone=True):
+                rate, times = matmul_rate(device), seconds(parts, turns, device)
+                other = rest(name, device) if how == "none" else None
             memory = peak(device) - before
             for part, passed in times.items():
                 flop, launches = counts[part]
                 yield dict(table="updates", script=name, accelerate=how, update=part, ms=1e3 * passed,
                            gflop=flop, of_matmul=flop / passed / rate, matmul_gflops=rate, launches=launches)
             launches = per_step(name, args, {part: count for part, (_, count) in counts.items()})
-            learn, other = per_step(name, args, times), rest(name, device) if how == "none" else None
-            yield dict(table="steps", script=name, accelerate=how, learning_ms=1e3 * learn, launches=launches,
+            learn = 1e3 * per_step(name, args, times)
+            yield dict(table="steps", script=name, accelerate=how, learning_ms=learn, launches=launches,
                        all_else_ms=other and 1e3 * other, memory_mb=memory)  # fmt: skip
         except Exception as error:
             yield dict(error=f"{name}, {how}: {one_line(error)}")

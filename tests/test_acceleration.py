@@ -6,6 +6,7 @@ is skipped.
 
 import contextlib
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import common.acceleration
 import td3
+from common import Fault, memory_is_full
 from common.acceleration import WARM_UP, Graphed, accelerate
 from common.rewards import reward_fn, termination_fn
 from tests.conftest import DYNA, SCRIPTS, TD3, checkpoint, script, tiny, train
@@ -170,25 +172,60 @@ def test_nothing_is_accelerated_unless_asked(how):
     assert accelerate(function, how, torch.device("cpu")) is function
 
 
-@pytest.mark.parametrize("meaning", ["none", "graph"])
-def test_auto_is_what_it_means_on_a_gpu(meaning, monkeypatch):
-    monkeypatch.setattr(common.acceleration, "AUTO", meaning)
-    monkeypatch.setattr(common.acceleration, "Graphed", lambda function: "a graph")
-    found = accelerate("the function", "auto", torch.device("cuda"))
-    assert found == {"none": "the function", "graph": "a graph"}[meaning]
+@pytest.mark.parametrize("how, device, made", [
+    ("none", "cuda", "f"), ("auto", "cuda", "graph of f"), ("graph", "cuda", "graph of f"),
+    ("compile", "cuda", "graph of compiled f"), ("compile", "cpu", "compiled f"),
+])  # fmt: skip
+def test_what_is_made_of_a_function(how, device, made, monkeypatch):
+    monkeypatch.setattr(common.acceleration, "Graphed", lambda function: f"graph of {function}")
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)  # the attempt to compile
+    compiled = mock.Mock(side_effect=lambda f, **kwargs: f"compiled {f}" if f == "f" else lambda x: None)
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert accelerate("f", how, torch.device(device)) == made
+    if how == "compile":  # without this, PyTorch 2.11 fails on a GPU with an error of its own
+        assert compiled.mock_calls[-1] == mock.call("f", dynamic=False)
 
 
 @pytest.mark.parametrize("how, device, there", [
-    ("none", "cuda", False), ("auto", "cuda", False), ("graph", "cuda", True), ("compile", "cuda", True),
-    ("none", "cpu", False), ("compile", "cpu", False),
+    ("none", "cuda", False), ("auto", "cuda", True), ("graph", "cuda", True), ("compile", "cuda", True),
+    ("none", "cpu", False), ("auto", "cpu", False), ("compile", "cpu", False),
 ])  # fmt: skip
 def test_optimisers_count_on_the_gpu_only_where_it_helps(how, device, there, monkeypatch):
     monkeypatch.setattr(common.acceleration, "Graphed", lambda function: function)
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: lambda *args: None)
     optimizer = td3.radam(torch.nn.Linear(1, 1), 1e-4)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)  # the attempt to compile
     accelerate(lambda: None, how, torch.device(device), [optimizer])
     assert [group["capturable"] for group in optimizer.param_groups] == [there]
+
+
+@GPU
+@pytest.mark.parametrize("wrong", [
+    lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x if x.sum() > 0 else -x,
+])  # fmt: skip
+def test_a_function_that_waits_for_the_gpu_is_refused(wrong):
+    """In one sentence, and the GPU can be used afterwards."""
+
+    def reward(x):
+        return {"reward": x.mean() + torch.as_tensor(wrong(x), device=x.device).sum()}
+
+    x = torch.ones(3, device="cuda")
+    function = accelerate(lambda: reward(x), "graph", torch.device("cuda"))
+    for _ in range(WARM_UP):
+        assert function()["reward"] == 4
+    with pytest.raises(Fault, match="(?s)cannot become a CUDA graph.*must not wait.*--accelerate none"):
+        function()
+    assert reward(x)["reward"] == 4
+
+
+@GPU
+def test_memory_that_is_full_in_a_capture_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(common.acceleration, "WARM_UP", 0)
+    x = torch.ones(2**20, device="cuda")
+    function = accelerate(lambda: {"x": (x[:, None] * x).sum()}, "graph", torch.device("cuda"))
+    with pytest.raises(RuntimeError) as error:
+        function()
+    assert memory_is_full(error.value) and x.sum() == 2**20
 
 
 @GPU

@@ -31,9 +31,9 @@ def sentences(capsys):
 class Simulated:
     """A run of which every part takes a known time: random steps, learning, bursts, evaluations."""
 
-    def __init__(self, args, resumed=0, burst=2.5, slow=20.0, evaluation=3.0, accelerated=0.0):
+    def __init__(self, args, resumed=0, burst=2.5, slow=20.0, evaluation=3.0, accelerated=0.0, device=CPU):
         self.args, self.now, self.ends = args, 1000.0, {}
-        told, period = Forecast(args, CPU, resumed), getattr(args, "model_train_every", 10**9)
+        told, period = Forecast(args, device, resumed), getattr(args, "model_train_every", 10**9)
         if not resumed:
             told.evaluated(evaluation)
         for step in range(resumed + 1, args.total_timesteps + 1):
@@ -72,12 +72,14 @@ def test_the_sentence_says_once_how_long_the_rest_takes(name, resumed, capsys):
     assert run.agrees_with(line) == max(1000, resumed) + forecast.WARM_UP + period
 
 
-@pytest.mark.parametrize("how", ["none", "compile"])
-def test_compiling_is_not_measured(how, capsys):
+@pytest.mark.parametrize("how, device, first", [
+    ("none", "cpu", False), ("auto", "cpu", False), ("compile", "cpu", True), ("auto", "cuda", True),
+])  # fmt: skip
+def test_compiling_is_not_measured(how, device, first, capsys):
     args = settings("mage_td3", preset="laptop", accelerate=how, learning_starts=10)
-    run = Simulated(args, accelerated=500.0)
+    run = Simulated(args, accelerated=500.0, device=torch.device(device))
     (line,) = sentences(capsys)
-    if how == "compile":
+    if first:
         run.agrees_with(line)
     else:  # a plain function has no slow first burst: here the clock has seen it
         with pytest.raises(AssertionError):
@@ -108,7 +110,7 @@ def test_a_time_has_the_unit_that_suits_it(seconds, text):
     ("paper", "cpu", True), ("laptop", "cpu", False), ("paper", "cuda", False), ("laptop", "cuda", False),
 ])  # fmt: skip
 def test_only_the_papers_settings_on_a_cpu_name_the_laptop_preset(preset, device, named, capsys):
-    args = settings("mage_td3", preset=preset)
+    args = settings("mage_td3", preset=preset, accelerate="none")
     told = Forecast(args, torch.device(device), 0)
     told.warn()
     before = sentences(capsys)

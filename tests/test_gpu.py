@@ -49,10 +49,10 @@ def test_everything_is_measured(tmp_path):
     steps = table(tmp_path / "steps.csv")
     assert [row["script"] for row in steps] == SCRIPTS
     assert all(float(row["memory_mb"]) > 50 for row in steps)
-    for seed in ("seed-0", "seed-1"):
-        curve = table(tmp_path / f"mage_td3/{seed}.csv")
+    for name in gpu.TRAINED:
+        curve = table(tmp_path / f"{name}/seed-0.csv")
         assert [row["step"] for row in curve] == ["0", "20", "40", "60"]
-        assert [row["seed"] for row in found["training"]["rows"]].count(seed) == 4
+        assert [row["script"] for row in found["training"]["rows"]].count(name) == 4
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # there is little left to do
     assert again.returncode == 0 and again.stdout.count("is in gpu.json already") == 4
@@ -69,11 +69,11 @@ def test_training_is_stopped_in_time_and_saved(tmp_path, monkeypatch):
     found, began = {"rows": [], "errors": []}, time.monotonic()
     measurement.train(found, began + 40)  # of which it gets 25 until the runs are told to end
     assert time.monotonic() < began + 40 and not found["errors"]
-    for seed in range(2):
-        folder = tmp_path / f"runs/HalfCheetah-v4/mage_td3/seed-{seed}"
+    for name in gpu.TRAINED:
+        folder = tmp_path / f"runs/HalfCheetah-v4/{name}/seed-0"
         assert json.loads((folder / "args.json").read_text())["step"] > 0
-        assert "saved at step" in folder.with_name(f"seed-{seed}.log").read_text()
-        assert table(tmp_path / f"mage_td3/seed-{seed}.csv") == table(folder / "eval.csv")
+        assert "saved at step" in folder.with_name("seed-0.log").read_text()
+        assert table(tmp_path / f"{name}/seed-0.csv") == table(folder / "eval.csv")
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------
@@ -123,18 +123,24 @@ def test_a_part_that_fails_is_noted_and_the_next_one_runs(tmp_path, play, capsys
     assert all(seen[part] == found[part] for part in ("card", "tests", "agreement"))
 
 
-@pytest.mark.parametrize("agrees, how", [(True, "graph"), (False, "none")])
-def test_what_is_asked_of_a_gpu(agrees, how, tmp_path, play):
-    row = dict(script="mage_td3", accelerate="graph", agrees=agrees)
-    asked = play(agreement=f"import json; print(json.dumps({row}))")
+@pytest.mark.parametrize("apart, how", [
+    ([], "compile"), (["mage_td3 compile"], "graph"), (["dyna_td3 compile"], "graph"),
+    (["mage_td3 graph", "mage_td3 compile"], "none"), (["td3 compile", "maac_sac graph"], "compile"),
+])  # fmt: skip
+def test_what_is_asked_of_a_gpu(apart, how, tmp_path, play):
+    pairs = [(name, way) for name in SCRIPTS for way in ("graph", "compile")]
+    rows = [dict(script=name, accelerate=way, agrees=f"{name} {way}" not in apart) for name, way in pairs]
+    asked = play(agreement=f"import json; [print(json.dumps(row)) for row in {rows}]")
     assert gpu.Measurement("cuda", 9, tmp_path).all()
     parts = [(words[-2], words[-1]) for words in asked[:-1]]
     assert parts[:2] == [("card", ""), ("tests", "")] and parts[2:6] == [("agreement", n) for n in SCRIPTS]
-    ways = [("speed", f"{name}:{ways}") for ways in ("none graph", "compile") for name in SCRIPTS]
-    assert parts[6:] == ways  # what may take all the time comes last
+    ways = [f"{name}:{ways}" for ways in ("none graph", "compile") for name in SCRIPTS]
+    assert [what.rpartition(":")[0] for _, what in parts[6:]] == ways  # what may take all the time comes last
+    assert len({what.rpartition(":")[2] for _, what in parts[6:]}) == 1  # the file by which they wait
     *_, device, flag, value, _, _ = asked[-1]
     assert (device, flag, value) == ("cuda", "--accelerate", how)
-    assert asked[-1][:7] == "common.benchmark --scripts mage_td3 --env-ids HalfCheetah-v4 --seeds 4".split()
+    words = "common.benchmark --scripts dyna_td3 mage_td3 --env-ids HalfCheetah-v4 --seeds 1 --".split()
+    assert asked[-1][: len(words)] == words
 
 
 def test_a_part_that_hangs_is_stopped_and_what_it_found_is_kept(tmp_path, play):
