@@ -44,6 +44,9 @@ COLUMNS = {  # of a table, and of the file it is from
 }  # fmt: skip
 
 
+WAYS = {"plain": "none", "`--accelerate graph`": "graph", "`--accelerate compile`": "compile"}  # on a GPU
+
+
 def read(file):
     return list(csv.DictReader(file.open(newline="")))
 
@@ -51,9 +54,11 @@ def read(file):
 def runs(folder, cell):
     """The rows for every seed of the run that a cell names: those of its eval.csv, or its one in a file."""
     name = cell.replace("`", "")
-    name = FOLDERS.get(name, name.lower().removesuffix(".py"))
+    if not folder.startswith("gpu/"):  # where a script is meant, and not a run
+        name = FOLDERS.get(name, name.lower())
+    name = name.removesuffix(".py")
     if folder.endswith(".csv"):
-        return [[row] for row in read(REFERENCE / folder) if row["run"] == name]
+        return [[row] for row in read(REFERENCE / folder) if row.get("run", row.get("script")) == name]
     return [read(file) for file in sorted((REFERENCE / folder / name).glob("seed-*.csv"))]
 
 
@@ -64,6 +69,13 @@ def span(values):
 
 def numbers(folder, column, seeds):
     """What a column of the table says of the runs, or None where the files do not have it."""
+    if folder.startswith("gpu/"):
+        steps = {row["accelerate"]: row for (row,) in seeds}
+        if column in WAYS:
+            return f"{float(steps[WAYS[column]]['learning_ms']):.1f}"
+        if column == "memory, MB":
+            return ", ".join(f"{float(steps[how]['memory_mb']):.0f}" for how in WAYS.values())
+        return f"{float(steps['none']['all_else_ms']):.1f}" if column == "all else" else None
     if column in COLUMNS:
         values = [float(row[COLUMNS[column]]) for (row,) in seeds]
         return ", ".join(f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}" for value in values)
