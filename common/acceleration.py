@@ -80,7 +80,7 @@ class Graphed:
                 fault = f"--accelerate: an update cannot become a CUDA graph ({one_line(reason)})"
                 raise Fault(
                     f"{fault}. What it calls, such as a reward of your own, must not wait for the GPU, as "
-                    ".item() and `if` on a tensor do: change that, or use --accelerate none."
+                    ".item(), torch.tensor and `if` on a tensor do: change that, or use --accelerate none."
                 ) from reason
         graph, out = self.graphs[flags]
         graph.replay()

@@ -6,10 +6,11 @@
 obs and next_obs are (..., ds), action is (..., da) in [-1, 1]. To add an environment, write its two functions
 and name them in REWARDS and TERMINATIONS at the end. They keep some rules, because MAGE's critic and MAAC's
 actor are trained through them: any leading shape, nothing in place, no branch on a value, a finite gradient
-everywhere (a step such as "alive" has the gradient 0). common/compare.py compares what they return with the
-environment before a run and in its first steps, and looks before a run for a gradient that is missing or not
-finite. The formulas follow Gymnasium's source, envs/mujoco/*_v4.py and *_v5.py and envs/classic_control/, and
-that of Wang et al. 2019.
+everywhere (a step such as "alive" has the gradient 0). A GPU replays them as a part of an update, so they
+neither read a number back (.item()) nor make a tensor of numbers (torch.tensor). common/compare.py compares
+what they return with the environment before a run and in its first steps, and looks before a run for a
+gradient that is missing or not finite. The formulas follow Gymnasium's source, envs/mujoco/*_v4.py and
+*_v5.py and envs/classic_control/, and that of Wang et al. 2019.
 
 In next_obs of HalfCheetah, Hopper, Walker2d, Swimmer, Ant and Humanoid the index 0 is the mean x velocity, so
 Gymnasium's own index i is i + 1 here.

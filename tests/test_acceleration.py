@@ -199,9 +199,33 @@ def test_optimisers_count_on_the_gpu_only_where_it_helps(how, device, there, mon
     assert [group["capturable"] for group in optimizer.param_groups] == [there]
 
 
+def test_a_capture_that_fails_says_what_to_do(monkeypatch):
+    """Also where PyTorch says in the end that the capture is invalid, and hides the reason by that. A memory
+    that is full is said to be so, as anywhere else."""
+
+    @contextlib.contextmanager
+    def graph(g, stream):
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("the capture ended badly")  # noqa: B904
+
+    fakes = dict(Stream=mock.Mock, current_stream=mock.Mock, graph=graph, CUDAGraph=mock.Mock)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(common.acceleration, "WARM_UP", 0)
+    for reason, type_, text in [
+        ("Cannot copy", Fault, r"cannot become .* \(RuntimeError: Cannot copy\).* --accelerate none"),
+        ("CUDA out of memory", RuntimeError, "^CUDA out of memory$"),
+    ]:
+        with pytest.raises(type_, match=text):
+            Graphed(mock.Mock(side_effect=RuntimeError(reason)))()
+
+
 @GPU
 @pytest.mark.parametrize("wrong", [
     lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x if x.sum() > 0 else -x,
+    lambda x: torch.tensor([3.0], device=x.device),
 ])  # fmt: skip
 def test_a_function_that_waits_for_the_gpu_is_refused(wrong):
     """In one sentence, and the GPU can be used afterwards."""

@@ -377,6 +377,7 @@ def test_mage_learns_in_the_world(tmp_path):
     argv = tiny("mage_td3", env_id="HalfCheetah-v4", run_dir=tmp_path / "run", **steps)
     args = parse_args(mage_td3.Args, mage_td3.PRESETS, argv)
     mage_in_mujoco.train(args)
+    assert args.accelerate == "none"  # which auto would not be on a GPU
     state = checkpoint(tmp_path / "run")
     assert not state["model_opt"]["state"] and state["args"]["oracle_dynamics"]
     assert {int(s["step"]) for s in state["critic_opt"]["state"].values()} == {4 * args.updates_per_step}

@@ -65,8 +65,9 @@ class Step(torch.autograd.Function):
 
 def train(args):
     """mage_td3.train in this world."""
-    if args.accelerate != "none":
+    if args.accelerate not in ("none", "auto"):
         raise BadInput(f"--accelerate {args.accelerate}: it cannot be with a simulator; leave it out.")
+    args.accelerate = "none"  # also on a GPU
     args.oracle_dynamics, known = True, mage_td3.dynamics_fn
     mage_td3.dynamics_fn = World
     try:
