@@ -206,7 +206,7 @@ class Measurement:
     def train(self, found, end):
         """A sweep in the folder, stopped in time for its runs to save."""
         rows = self.result["agreement"]["rows"]
-        agree = {(row["script"], row["accelerate"]) for row in rows if row["agrees"]}
+        agree = {(row["script"], row["accelerate"]) for row in rows if row.get("agrees")}
         fast = [how for how in ("compile", "graph") if agree >= {(name, how) for name in TRAINED}]
         found["accelerate"], *_ = [*fast, "none"]
         flags = ["--device", self.device, "--accelerate", found["accelerate"], "--checkpoint-every", "60"]

@@ -32,6 +32,7 @@ FOLDERS = {  # the first cell of a row, where it is not what its folder is calle
     "maac_sac.py": "maac",
     "maac_sac.py --horizon 0": "maac_horizon_0",
     "maac_sac.py --no-steve": "maac_no_steve",
+    "maac_sac.py --layer-norm": "maac_layer_norm",
     "maac_sac.py --soft-targets": "maac_soft",
     "maac_sac.py --soft-targets --steve": "maac_steve_soft",
     "maac_sac.py --num-samples 1": "maac_one_sample",
