@@ -18,7 +18,7 @@ from tests.speed import made
 UPDATES = 20
 # The largest difference that is rounding, as a part of what was learned. Where RAdam counts on the GPU it
 # computes its rectification there, in float32, which cancels in the first steps: with the TD3 family on a CPU
-# that makes 0.9% to 2%, and after 100 updates 0.2%; on a GPU it made 1.1%. Compiling MAAC makes 2.8% there. One
+# that makes 0.9% to 2%, and after 100 updates 0.2%; on a GPU it made 1.1%, and compiling MAAC made 2.8%. One
 # update less makes 9% to 27%.
 FAR = {"again": 0.001, "capturable": 0.04, "graph": 0.001, "compile": 0.04}
 
