@@ -29,6 +29,8 @@ FOLDERS = {  # the first cell of a row, where it is not what its folder is calle
     "dyna_td3.py --ensemble-size 1 --model-layers 2 --model-hidden 128": "dyna_smaller",
     "mage_td3.py --lam 0.05 --tau 0.02": "mage_tau_0.02",
     **{f"mage_td3.py --lam {lam}": f"mage_lam_{lam}" for lam in (0, 0.05, 0.2, 0.5, 1)},
+    "td3.py --updates-per-step 10 --layer-norm": "td3_10_layer_norm",
+    "mage_td3.py --layer-norm": "mage_layer_norm",
     "maac_sac.py": "maac",
     "maac_sac.py --horizon 0": "maac_horizon_0",
     "maac_sac.py --no-steve": "maac_no_steve",
@@ -97,6 +99,15 @@ def numbers(folder, column, seeds):
         first = int(found[1].replace(",", ""))
         after = [[float(row["return_mean"]) for row in rows if int(row["step"]) > first] for rows in seeds]
         values = [short(sum(values) / len(values)) for values in after]
+    elif found := re.fullmatch(r"mean from ([\d,]+) to ([\d,]+)", column):
+        first, last = (int(step.replace(",", "")) for step in found.groups())
+        part = range(first + 1, last + 1)
+        part = [[float(row["return_mean"]) for row in rows if int(row["step"]) in part] for rows in seeds]
+        values = [short(sum(values) / len(values)) if values else "-" for values in part]
+    elif column == "last step":
+        values = [f"{int(rows[-1]['step']):,}" for rows in seeds]
+    elif column == "last evaluation":
+        values = [short(values[-1]) for values in returns]
     elif found := re.fullmatch(r"mean of the last ([\d,]+) steps", column):
         last = int(found[1].replace(",", ""))
         late = [[float(row["return_mean"]) for row in rows if int(row["step"]) > int(rows[-1]["step"]) - last]
