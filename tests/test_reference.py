@@ -106,8 +106,6 @@ def numbers(folder, column, seeds):
         values = [short(sum(values) / len(values)) if values else "-" for values in part]
     elif column == "last step":
         values = [f"{int(rows[-1]['step']):,}" for rows in seeds]
-    elif column == "last evaluation":
-        values = [short(values[-1]) for values in returns]
     elif found := re.fullmatch(r"mean of the last ([\d,]+) steps", column):
         last = int(found[1].replace(",", ""))
         late = [[float(row["return_mean"]) for row in rows if int(row["step"]) > int(rows[-1]["step"]) - last]
