@@ -359,7 +359,8 @@ class Hangs(PendulumEnv):
         self.left -= 1
         if self.left == 0:
             Path("hangs").touch()
-            time.sleep(60)
+            while True:  # short naps, as a signal that comes just before one is heard only after it
+                time.sleep(0.05)
         return super().step(action)
 
 gym.register("Hangs-v0", Hangs, max_episode_steps=200)
@@ -370,13 +371,14 @@ main(td3.train, td3.Args, td3.PRESETS)
 def test_the_second_signal_ends_a_program_that_hangs(tmp_path):
     (tmp_path / "driver.py").write_text(HANGS)
     argv = ["driver.py", *tiny("td3", run_dir="run", env_id="Hangs-v0", **EVERY_STEP)]
-    with started(argv, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+    said, environment = tmp_path / "said.txt", os.environ | {"PYTHONPATH": str(ROOT)}
+    with said.open("wb") as stderr, started(argv, cwd=tmp_path, env=environment, stderr=stderr) as process:
         until((tmp_path / "hangs").exists)
         process.terminate()
-        time.sleep(0.5)
+        until(lambda: b"a second signal ends it unsaved" in said.read_bytes())
         assert process.poll() is None
         process.terminate()
-        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert checkpoint(tmp_path / "run")["step"] == 29
 
 
