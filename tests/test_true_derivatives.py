@@ -35,7 +35,7 @@ from common.experiments.true_derivatives import (
     target_rows,
 )
 from tests.conftest import SCRIPTS, checkpoint, tiny, train
-from tests.values_of_critics import look
+from tests.values_of_critics import look, look_at_ends
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]
 
@@ -397,3 +397,33 @@ def test_a_critic_that_says_what_is_earned_is_found_to_be_right(folders, name, m
     assert found["q"] == 20 and found["reward"] == 2 and found["discounted"] == pytest.approx(20, rel=1e-4)
     assert (agent.alpha is None) == np.isnan(found["entropy"]) == (name == "mage_td3")
     assert abs(found["imagined"]) < 20
+
+
+@pytest.mark.parametrize("name", ["mage_td3", "maac_sac"])
+def test_the_values_of_last_transitions(folders, name, monkeypatch):
+    """Values of 20 and 24 where the target is 21: TD errors of 1 and -3, and of -18 and -22 where it is 2."""
+    agent = Agent(folders[name, "HalfCheetah-v4"])
+    assert not agent.rows[:, -1].any() and not look_at_ends(agent)
+    agent.gamma, agent.rows = 0.9, agent.rows[:10].clone()
+    agent.rows[3, -1], (_, action, _, next_obs, _) = 1, agent.transitions()
+    reward = agent.obs_dim + action.shape[-1]
+    agent.rows[:, reward] = 2.1
+    agent.rows[3, reward] = 2.0
+    seen = []
+
+    def critic(obs, action):
+        return torch.tensor([[20.0], [24.0]]).expand(2, len(obs))
+
+    def critic_target(obs, action):
+        seen.append(obs)
+        return torch.tensor([[21.0], [30.0]]).expand(2, len(obs))
+
+    monkeypatch.setattr(agent, "critic", critic)
+    monkeypatch.setattr(agent, "critic_target", critic_target)
+    found = look_at_ends(agent)
+    assert torch.equal(seen[0], next_obs)
+    assert found["share"] == 0.1 and found["reward"] == 2 and found["q"] == 22
+    assert found["error"] == 18  # torch's median of two is the lower one
+    assert found["other_error"] == pytest.approx(1, abs=1e-5)  # 2.1 + 0.9 * 21 = 21
+    last, others = 17.5 + 21.5, 9 * (0.5 + 2.5)
+    assert found["share_of_loss"] == pytest.approx(last / (last + others), rel=1e-4)

@@ -4,6 +4,11 @@ The policy acts as it does when it learns, but without the exploration noise of 
 episodes, the mean value of the smaller critic in their first half, and the discounted rewards that followed
 there; and the reward of a step, and what the model says of it (mean over members). For maac_sac.py there are
 also the temperature and the entropy of the policy where it goes, whose product its critic counts as a reward.
+
+A second table has the runs in whose data episodes ended otherwise than by the time limit. The last transition
+of such an episode is worth its reward and nothing more. What do the critics (mean over both) say of it, how
+large is their TD error there and in all other transitions, and what share of a Huber loss over all of them do
+the last ones have?
 """
 
 import sys
@@ -54,16 +59,45 @@ def look(agent, episodes=EPISODES):
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+@torch.no_grad()
+def look_at_ends(agent):
+    """Numbers {name: number} about the data of a run, all transitions at once; {} if no episode has ended."""
+    obs, action, reward, next_obs, end = agent.transitions()
+    if not end.any():
+        return {}
+    if hasattr(agent.actor, "sample"):
+        next_action, _ = agent.actor.sample(next_obs)
+    else:
+        next_action = agent.actor_target(next_obs)
+    next_q = agent.critic_target(next_obs, next_action).min(0).values.masked_fill(end, 0.0)
+    q = agent.critic(obs, action)  # (2, n)
+    delta = reward + agent.gamma * next_q - q
+    loss = torch.nn.functional.huber_loss(delta, torch.zeros_like(delta), reduction="none")
+    found = {
+        "share": end.double().mean(), "reward": reward[end].mean(), "q": q[:, end].mean(),
+        "error": delta[:, end].abs().median(), "other_error": delta[:, ~end].abs().median(),
+        "share_of_loss": loss[:, end].sum() / loss.sum(),
+    }  # fmt: skip
+    return {name: value.item() for name, value in found.items()}
+
+
 def main(folders):
     print("| run | step | Q | discounted return | reward | in the model | temperature | entropy |")
     print("|---|---|---|---|---|---|---|---|")
+    ends = {}
     for folder in folders:
         agent = Agent(folder)
-        found = look(agent)
+        found, ends[agent.name] = look(agent), look_at_ends(agent)
         cells = [f"{found[name]:.3g}" for name in ("q", "discounted", "reward", "imagined")]
         cells += [f"{agent.alpha:.2g}", f"{found['entropy']:.1f}"] if agent.alpha is not None else ["", ""]
         cells = [agent.name, str(agent.step), *("" if cell == "nan" else cell for cell in cells)]
         print(f"| {' | '.join(cells)} |")
+    if any(ends.values()):
+        names = "last transitions | their reward | Q there | TD error there | elsewhere | share of the loss"
+        print(f"\n| run | {names} |\n{'|---' * 7}|")
+    for name, found in ends.items():
+        if found:
+            print(f"| {' | '.join([name, *(f'{value:.3g}' for value in found.values())])} |")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ class Agent:
         known = reward_fn(self.env_id), termination_fn(self.env_id)
         return known[0](obs, action, next_obs), next_obs, known[1](next_obs)
 
+    def transitions(self):
+        """All that the run has stored, in float64: obs, action, reward, next_obs, terminated."""
+        ds, da = self.obs_dim, self.env.action_space.shape[0]
+        obs, action, reward, next_obs, end = self.rows.double().split([ds, da, 1, ds, 1], -1)
+        return obs, action, reward[:, 0], next_obs, end[:, 0] > 0
+
     def imagined(self, obs, action, noise=0.0):
         """The next observation by each member, (n, ds) with (n, da) or (K, n, da) -> (K, n, ds)."""
         rows = [x.expand(self.model.members, *x.shape[-2:]) for x in (obs, action)]
