@@ -199,6 +199,7 @@ class Args:
     critic_hidden: int = 384  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
     layer_norm: bool = False  # Layer normalisation in the critics keeps their values from running away.
+    huber_threshold: float = 1.0  # TD errors up to this size count by their squares, larger ones linearly.
     policy_delay: int = 2  # The actor is updated once in this many updates of the critic.
     target_noise: float = 0.2  # The target actor's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
@@ -405,9 +406,11 @@ class ReplayBuffer:
 
 
 # --- losses -------------------------------------------------------------------------------------------------
-def huber(x):
-    """Mean of the Huber loss with threshold 1."""
-    return nn.functional.huber_loss(x, torch.zeros_like(x))
+def huber(x, threshold=1.0):
+    """Mean of the Huber loss: half the square up to the threshold, and a straight line beyond it."""
+    # The square finds the mean of what it is to predict, and the straight line the median. So if most targets
+    # agree and a few are far off, as where an episode ends, the straight line leaves these few unexplained.
+    return nn.functional.huber_loss(x, torch.zeros_like(x), delta=threshold)
 
 
 def model_loss(model, obs, action, next_obs):
@@ -450,7 +453,7 @@ def with_action_gradient(f, action, create_graph=False):
     return out, gradient
 
 
-def mage_loss(critic, step_target, obs, action):
+def mage_loss(critic, step_target, obs, action, threshold=1.0):
     """The two terms of Eq. 8, two scalars: the Huber losses of the norm of ∇ₐδ and of δ.
 
     `step_target(a)` is the TD target (B,) of a step with a (B, da) from obs (B, ds), differentiable with
@@ -468,7 +471,7 @@ def mage_loss(critic, step_target, obs, action):
     delta = y.detach() - q  # (N, B)
     # ∇ₐδᵢ = ∇ₐy - ∇ₐQᵢ   (Eq. 13); its norm is what Eq. 6 minimises.
     grad_delta = grad_y - grad_q  # (N, B, da)
-    return huber(grad_delta.norm(dim=-1)), huber(delta)  # of (N, B) each
+    return huber(grad_delta.norm(dim=-1)), huber(delta, threshold)  # of (N, B) each
 
 
 def actor_loss(actor, critic, obs):
@@ -581,7 +584,7 @@ def train(args: Args) -> float:
             return td_target(actor_target, critic_target, reward, imagined, terminated, target_noise,
                              args.gamma)  # fmt: skip
 
-        gradient_loss, td_loss = mage_loss(critic, step_target, obs, action)
+        gradient_loss, td_loss = mage_loss(critic, step_target, obs, action, args.huber_threshold)
         # Huber(‖∇ₐδᵢ‖) + λ Huber(δᵢ)   (Eq. 8, but for Huber). Without the second term Q loses its slope, as
         # B.1 shows.
         critic_loss = gradient_loss + args.lam * td_loss

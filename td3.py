@@ -136,6 +136,7 @@ class Args:
     critic_hidden: int = 384  # Each of a critic's two hidden layers has this many units.
     num_critics: int = 2  # There are this many critics, and the smallest of their values counts.
     layer_norm: bool = False  # Layer normalisation in the critics keeps their values from running away.
+    huber_threshold: float = 1.0  # TD errors up to this size count by their squares, larger ones linearly.
     policy_delay: int = 2  # The actor is updated once in this many updates of the critic.
     target_noise: float = 0.2  # The target actor's action gets noise of this standard deviation.
     noise_clip: float = 0.5  # The noise on the target's action is clipped to this size.
@@ -281,9 +282,11 @@ class ReplayBuffer:
 
 
 # --- losses -------------------------------------------------------------------------------------------------
-def huber(x):
-    """Mean of the Huber loss with threshold 1."""
-    return nn.functional.huber_loss(x, torch.zeros_like(x))
+def huber(x, threshold=1.0):
+    """Mean of the Huber loss: half the square up to the threshold, and a straight line beyond it."""
+    # The square finds the mean of what it is to predict, and the straight line the median. So if most targets
+    # agree and a few are far off, as where an episode ends, the straight line leaves these few unexplained.
+    return nn.functional.huber_loss(x, torch.zeros_like(x), delta=threshold)
 
 
 def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, gamma):
@@ -297,10 +300,10 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
-def td_loss(critic, obs, action, y):
+def td_loss(critic, obs, action, y, threshold=1.0):
     """Huber loss of the TD error, a scalar, for obs (B, ds), action (B, da) and y (B,)   (Eq. 3)."""
     # δᵢ = y - Qᵢ(s, a), a row for each critic. The target y is a constant here.   (Eq. 3)
-    return huber(y - critic(obs, action))  # of (N, B)
+    return huber(y - critic(obs, action), threshold)  # of (N, B)
 
 
 def actor_loss(actor, critic, obs):
@@ -380,7 +383,7 @@ def train(args: Args) -> float:
         target_noise = (args.target_noise * torch.randn_like(action)).clamp(-args.noise_clip, args.noise_clip)
         with torch.no_grad():
             y = td_target(actor_target, critic_target, reward, next_obs, terminated, target_noise, args.gamma)
-        critic_loss = td_loss(critic, obs, action, y)
+        critic_loss = td_loss(critic, obs, action, y, args.huber_threshold)
         log = dict(td_loss=critic_loss, critic_grad=descend(critic_opt, critic_loss))
         # [paper] The critics' targets move at every update; the actor and its target wait (--policy-delay).
         polyak(critic_target, critic, args.tau)

@@ -22,7 +22,7 @@ from common.files import read_args, run_folder
 INF = math.inf
 LIMITS = {  # what a number must lie between, ends included; any other: finite and not negative
     "seed": (0, 2**31 - 1), "threads": (1, 1024), "gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1),
-    "target_entropy": (-INF, INF), "rollout_growth": (1, INF),
+    "target_entropy": (-INF, INF), "rollout_growth": (1, INF), "huber_threshold": (0.001, INF),
     **dict.fromkeys(("eval_every", "eval_max_steps", "buffer_size", "batch_size", "actor_hidden",
                      "critic_hidden", "num_critics", "policy_delay", "ensemble_size", "model_hidden",
                      "model_layers", "model_train_every", "reward_hidden", "reward_layers",

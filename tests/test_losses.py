@@ -179,6 +179,35 @@ def test_the_loss_of_td3_and_dyna_is_the_huber_loss_of_every_critics_td_error(se
     assert_same(gradients(loss, s.critic), gradients(expected, s.critic))
 
 
+def thresholds(s, y):
+    """[(threshold, Huber loss of each critic's TD error)]: one between their sizes, and one above all."""
+    sizes = (y - s.critic(s.obs, s.action)).abs()
+    assert (sizes < 2).any() and (sizes > 2).any() and (sizes < 1000).all()
+    squares = 0.5 * sizes**2
+    return [(2, torch.where(sizes < 2, squares, 2 * sizes - 2).mean()), (1000, squares.mean())]
+
+
+@about("td3", "td_loss", "huber")
+def test_td_errors_count_linearly_from_the_threshold_on(setting):
+    s = setting
+    y = s.step_target(s.action).detach()
+    for threshold, expected in thresholds(s, y):
+        loss = td3.td_loss(s.critic, s.obs, s.action, y, threshold)
+        assert_same([loss], [expected])
+        assert_same(gradients(loss, s.critic), gradients(expected, s.critic))
+
+
+@about("mage_td3", "mage_loss", "huber")
+def test_the_td_errors_of_mage_count_linearly_from_the_threshold_on(setting):
+    """The gradient term keeps its own threshold, 1."""
+    s = setting
+    gradient_loss = mage_td3.mage_loss(s.critic, s.step_target, s.obs, s.action)[0]
+    for threshold, expected in thresholds(s, s.step_target(s.action).detach()):
+        gradient_term, td_term = mage_td3.mage_loss(s.critic, s.step_target, s.obs, s.action, threshold)
+        assert_same([gradient_term, td_term], [gradient_loss, expected])
+        assert_same(gradients(td_term, s.critic), gradients(expected, s.critic))
+
+
 @about("mage_td3", "mage_loss")
 def test_a_critic_with_the_right_action_gradient_has_no_gradient_term():
     """Degenerate case: a linear system in which Q(s, a) = y(a) + constant leaves the TD term alone."""
@@ -545,7 +574,7 @@ def test_an_imagined_step_is_of_the_actors_own_action(name, monkeypatch):
     expected = copy.deepcopy(inside["actor"])
     update(True)
     (args, _) = loss[0]
-    obs, action = args[-2:] if name == "mage_td3" else args[1:3]
+    obs, action = args[2:4] if name == "mage_td3" else args[1:3]
     assert_same([action], [expected(obs)])
     assert not action.requires_grad
 
@@ -556,7 +585,7 @@ def test_the_target_of_mage_is_differentiated_through_all_that_an_action_changes
     loss = spy(monkeypatch, script("mage_td3"), "mage_loss")
     update, _ = parts_of("mage_td3")
     update(False)
-    ((_, step_target, _, action), _) = loss[0]
+    ((_, step_target, _, action, _), _) = loss[0]
     a = action.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(step_target(a).sum(), a)
     expected = (step_target(action + 1e-6) - step_target(action - 1e-6)) / 2e-6  # of one action

@@ -238,7 +238,7 @@ FLAGS = [  # (scripts, flags of all of them)
     (SCRIPTS, """env_id seed total_timesteps preset device threads exp_name run_dir resume checkpoint_every
         eval_every eval_episodes learning_starts buffer_size batch_size gamma tau lr actor_hidden
         critic_hidden num_critics layer_norm updates_per_step"""),
-    (TD3, "policy_delay target_noise noise_clip exploration_noise"),
+    (TD3, "policy_delay target_noise noise_clip exploration_noise huber_threshold"),
     (SCRIPTS[1:], "ensemble_size model_hidden model_layers model_lr model_train_every"),
     (DYNA, "model_batches learned_reward oracle_dynamics"),
     (["mage_td3"], "lam"),

@@ -139,6 +139,16 @@ def test_lambda_weighs_the_td_error(tmp_path):
     assert not torch.equal(some[level], more[level]) and not torch.equal(some[slope], without[slope])
 
 
+@pytest.mark.parametrize("name", TD3)
+def test_the_threshold_of_the_huber_loss_reaches_the_critic(name, tmp_path):
+    """Rewards of up to -16 make large errors, which weigh less with 1 than with 1000."""
+    default, one, squares = (
+        learned(train(name, tmp_path / str(i), **change))
+        for i, change in enumerate(({}, dict(huber_threshold=1.0), dict(huber_threshold=1000.0)))
+    )
+    assert same(default, one) and not same(one, squares)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_folder_holds_what_is_promised(name, tmp_path):
     run = train(name, tmp_path / "run", seed=3)
