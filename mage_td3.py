@@ -460,7 +460,7 @@ def mage_loss(critic, step_target, obs, action, threshold=1.0):
 
     `step_target(a)` is the TD target (B,) of a step with a (B, da) from obs (B, ds), differentiable with
     respect to a. The trained critic has no part in it: for that critic's parameters, y and its gradient are
-    constants.
+    constants. `threshold` is that of the Huber loss of δ; the one of the norm is 1.
     """
     # ∇ₐy runs back through reward, model, target actor and target critics. This loss trains none of them, so
     # ∇ₐy need not be differentiated again, and comes back as a tensor without a graph.
