@@ -34,6 +34,7 @@ from common.experiments.true_derivatives import (
     target_gradient,
     target_rows,
 )
+from tests import values_of_critics
 from tests.conftest import SCRIPTS, checkpoint, tiny, train
 from tests.values_of_critics import look, look_at_ends
 
@@ -427,3 +428,15 @@ def test_the_values_of_last_transitions(folders, name, monkeypatch):
     assert found["other_error"] == pytest.approx(1, abs=1e-5)  # 2.1 + 0.9 * 21 = 21
     last, others = 17.5 + 21.5, 9 * (0.5 + 2.5)
     assert found["share_of_loss"] == pytest.approx(last / (last + others), rel=1e-4)
+
+
+def test_runs_of_one_name_have_a_row_each(folders, monkeypatch, capsys):
+    """And only those where an episode ended are in the second table."""
+    found = iter([{"q": 1.0}, {}, {"q": 2.0}])
+    names = ("q", "discounted", "reward", "imagined", "entropy")
+    monkeypatch.setattr(values_of_critics, "look", lambda agent: dict.fromkeys(names, 0.0))
+    monkeypatch.setattr(values_of_critics, "look_at_ends", lambda agent: next(found))
+    values_of_critics.main([folders["mage_td3", "HalfCheetah-v4"]] * 3)
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert len(first.splitlines()) == 2 + 3
+    assert [row.split("|")[2].strip() for row in second.splitlines()[2:]] == ["1", "2"]

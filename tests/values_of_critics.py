@@ -84,20 +84,21 @@ def look_at_ends(agent):
 def main(folders):
     print("| run | step | Q | discounted return | reward | in the model | temperature | entropy |")
     print("|---|---|---|---|---|---|---|---|")
-    ends = {}
+    ends = []  # (name, numbers); two runs may have one name
     for folder in folders:
         agent = Agent(folder)
-        found, ends[agent.name] = look(agent), look_at_ends(agent)
+        found = look(agent)
+        if at_ends := look_at_ends(agent):
+            ends.append((agent.name, at_ends))
         cells = [f"{found[name]:.3g}" for name in ("q", "discounted", "reward", "imagined")]
         cells += [f"{agent.alpha:.2g}", f"{found['entropy']:.1f}"] if agent.alpha is not None else ["", ""]
         cells = [agent.name, str(agent.step), *("" if cell == "nan" else cell for cell in cells)]
         print(f"| {' | '.join(cells)} |")
-    if any(ends.values()):
+    if ends:
         names = "last transitions | their reward | Q there | TD error there | elsewhere | share of the loss"
         print(f"\n| run | {names} |\n{'|---' * 7}|")
-    for name, found in ends.items():
-        if found:
-            print(f"| {' | '.join([name, *(f'{value:.3g}' for value in found.values())])} |")
+    for name, at_ends in ends:
+        print(f"| {' | '.join([name, *(f'{value:.3g}' for value in at_ends.values())])} |")
 
 
 if __name__ == "__main__":
