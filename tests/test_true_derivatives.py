@@ -36,7 +36,7 @@ from common.experiments.true_derivatives import (
 )
 from tests import values_of_critics
 from tests.conftest import SCRIPTS, checkpoint, tiny, train
-from tests.values_of_critics import look, look_at_ends
+from tests.values_of_critics import look, look_at_ends, look_at_errors
 
 WHOLE = [name for name, first in SMOOTH.items() if first is not None]
 
@@ -430,13 +430,39 @@ def test_the_values_of_last_transitions(folders, name, monkeypatch):
     assert found["share_of_loss"] == pytest.approx(last / (last + others), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mage_td3", "maac_sac"])
+def test_the_td_errors_of_a_run(folders, name, monkeypatch):
+    """Values of 20.5 and 23.5 where the target is 21: TD errors of 0.5 and -2.5, and one of -17.5."""
+    agent = Agent(folders[name, "HalfCheetah-v4"])
+    agent.gamma, agent.rows = 0.9, agent.rows[:10].clone()
+    agent.rows[:, agent.obs_dim + agent.transitions()[1].shape[-1]] = 2.1
+    q, seen = torch.tensor([[20.5], [23.5]]).repeat(1, 10), []
+    q[0, 3] = 38.5
+    monkeypatch.setattr(agent, "critic", lambda obs, action: q)
+
+    def critic_target(obs, action):
+        seen.append(action)
+        return torch.tensor([[21.0], [30.0]]).expand(2, len(obs))
+
+    monkeypatch.setattr(agent, "critic_target", critic_target)
+    found = look_at_errors(agent)
+    assert found["mean"] == pytest.approx((9 * 0.5 - 17.5 + 10 * -2.5) / 20, abs=1e-4)
+    assert found["median"] == pytest.approx(-2.5, abs=1e-4)
+    assert found["above_1"] == (1 + 10) / 20
+    if name == "mage_td3":  # the target's action has noise, and stays in its bounds
+        actions = agent.actor_target(agent.transitions()[3])
+        assert agent.target_noise == (0.2, 0.5) and seen[0].abs().max() <= 1
+        assert 0.1 < (seen[0] - actions).std() < 0.3
+
+
 def test_runs_of_one_name_have_a_row_each(folders, monkeypatch, capsys):
-    """And only those where an episode ended are in the second table."""
+    """And only those where an episode ended are in the third table."""
     found = iter([{"q": 1.0}, {}, {"q": 2.0}])
     names = ("q", "discounted", "reward", "imagined", "entropy")
     monkeypatch.setattr(values_of_critics, "look", lambda agent: dict.fromkeys(names, 0.0))
     monkeypatch.setattr(values_of_critics, "look_at_ends", lambda agent: next(found))
     values_of_critics.main([folders["mage_td3", "HalfCheetah-v4"]] * 3)
-    first, second = capsys.readouterr().out.split("\n\n")
-    assert len(first.splitlines()) == 2 + 3
-    assert [row.split("|")[2].strip() for row in second.splitlines()[2:]] == ["1", "2"]
+    first, second, third = capsys.readouterr().out.split("\n\n")
+    assert len(first.splitlines()) == len(second.splitlines()) == 2 + 3
+    assert [row.split("|")[2].strip() for row in third.splitlines()[2:]] == ["1", "2"]
+    assert all(row.count("|") == third.splitlines()[0].count("|") for row in third.splitlines()[:2])

@@ -39,6 +39,8 @@ class Agent:
         if self.model is not None and not self.model.net[-1].bias.any():  # they begin at 0
             self.model = None  # as in a run of SAC
         self.gamma, self.step = args.gamma, state["step"]
+        # Size and clip of the noise on the target's action, which maac_sac.py does not have.
+        self.target_noise = getattr(args, "target_noise", 0.0), getattr(args, "noise_clip", 0.0)
         temperature = state.get("temperature")  # of maac_sac.py
         self.alpha = temperature["log_alpha"].exp().item() if temperature else None
 
