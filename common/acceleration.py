@@ -1,6 +1,8 @@
 """--accelerate: a function that updates networks, unchanged but compiled or replayed as a CUDA graph."""
 
+import dataclasses
 import functools
+import inspect
 import warnings
 
 import torch
@@ -23,6 +25,11 @@ def accelerate(function, how, device, optimizers=()):
     function must not wait for the device, and must change everything in place (parameters, statistics,
     optimisers' counters). The numbers are those of the plain function up to rounding, but for what `compile`
     draws: random numbers of its own, from the same seed.
+
+    A graph keeps every Python number as it was when the function was recorded. A number that is to change
+    during a run, such as a weight that falls with the step, must therefore be a tensor on the device that is
+    changed in place: weight = torch.tensor(0.2, device=device), and later weight.fill_(0.1). A number that
+    changes nevertheless ends the run with a message, if the function reads it from the function around it.
     """
     on_gpu = device.type == "cuda"
     if how == "auto":
@@ -56,7 +63,7 @@ class Graphed:
     """
 
     def __init__(self, function):
-        self.function, self.calls, self.graphs = function, {}, {}
+        self.function, self.calls, self.graphs, self.numbers = function, {}, {}, {}
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *flags):
@@ -82,12 +89,41 @@ class Graphed:
                     f"{fault}. What it calls, such as a reward of your own, must not wait for the GPU, as "
                     ".item(), torch.tensor and `if` on a tensor do: change that, or use --accelerate none."
                 ) from reason
+            self.numbers[flags] = numbers_around(self.function)
+        now = numbers_around(self.function)
+        for name, value in self.numbers[flags].items():
+            if now.get(name) != value:
+                raise Fault(
+                    f"--accelerate: {'.'.join(name)} was {value} when an update became a CUDA graph, and is "
+                    f"{now.get(name)} now, which the graph does not see. Make it a tensor on the device "
+                    "and change it in place, as by .fill_, or use --accelerate none."
+                )
         graph, out = self.graphs[flags]
         graph.replay()
         return out
 
     def run(self, *flags):
         return {name: value.detach() for name, value in self.function(*flags).items()}
+
+
+def numbers_around(function):
+    """The Python numbers that a function reads from the function around it: {name: number}.
+
+    A name is a tuple, ("step",) or, for the field of a dataclass, ("args", "lam").
+    """
+    function, found = inspect.unwrap(function), {}  # torch.compile wraps what it compiles
+    names = function.__code__.co_freevars
+    for name, cell in zip(names, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # nothing was assigned to it yet
+            continue
+        if isinstance(value, int | float):
+            found[(name,)] = value
+        elif dataclasses.is_dataclass(value):
+            items = vars(value).items()
+            found |= {(name, field): item for field, item in items if isinstance(item, int | float)}
+    return found
 
 
 def value_and_gradient(f, x, create_graph=False):

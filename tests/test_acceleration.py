@@ -5,6 +5,7 @@ is skipped.
 """
 
 import contextlib
+import functools
 import types
 from unittest import mock
 
@@ -220,6 +221,35 @@ def test_a_capture_that_fails_says_what_to_do(monkeypatch):
     ]:
         with pytest.raises(type_, match=text):
             Graphed(mock.Mock(side_effect=RuntimeError(reason)))()
+
+
+@pytest.mark.parametrize("wrong", ["number", "setting", None])
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(torch.compile, dynamic=False)])
+def test_a_number_that_changes_is_not_taken_for_what_it_was(wrong, wrap, monkeypatch):
+    """A graph would go on with the old one, and say nothing. A tensor changed in place is no mistake."""
+    fakes = dict(Stream=mock.Mock, current_stream=mock.Mock, stream=lambda stream: contextlib.nullcontext(),
+                 graph=lambda g, stream: contextlib.nullcontext(), CUDAGraph=mock.Mock)  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    args, weight, tensor, flag = td3.Args(), 0.5, torch.ones(()), True
+
+    def update():
+        return {"loss": args.tau * weight * tensor if flag else later}
+
+    graphed = Graphed(wrap(update))
+    monkeypatch.setattr(graphed, "run", lambda *flags: {})
+    for _ in range(WARM_UP + 2):
+        graphed()
+    tensor.fill_(0.25)
+    later = None  # noqa: F841
+    if wrong == "number":
+        weight = 0.25
+    elif wrong == "setting":
+        args.tau = 0.01
+    name = {"number": "weight was 0.5 .* 0.25", "setting": "args.tau was 0.005 .* 0.01", None: "none"}[wrong]
+    fault = pytest.raises(Fault, match=f"--accelerate: {name} now, .*fill_, or use --accelerate none")
+    with fault if wrong else contextlib.nullcontext():
+        graphed()
 
 
 @GPU
