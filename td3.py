@@ -47,13 +47,15 @@ silent or says something else; [ours] is neither.
   normalised observations and raw actions, and every entry of a gradient is clipped to [-5, 5], of which the
   paper says nothing.
 - [authors' code] The noise ε is on the target actor's action, as in Fujimoto et al. 2018; Algorithm 2 prints
-  it in the action that is rewarded. This action, and the one with exploration noise, are clipped to [-1, 1],
-  where actions lie, and Algorithm 2 prints neither clip.
+  it in the action that is rewarded. The target actor's action with ε, and the actor's with exploration noise,
+  are clipped to [-1, 1], where actions lie, and Algorithm 2 prints neither of these clips.
 - [authors' code] The target has the factor 1 - terminated, since nothing is earned after a terminal state. No
   equation of the paper prints it.
 - [ours] The published code trains on imagined transitions alone and has no command for this baseline, so we
   give it the settings that the code has for MAGE-TD3 and Dyna-TD3. One update for each step is the paper's
   TD3, and ten are its sample-efficient TD3 (section 4.1).
+- [ours] The environments are Gymnasium's, v4 of the robots and Pendulum-v1, where the paper has v2 and
+  Pendulum-v0. On Pendulum-v0 the angle follows the speed as it is before its bounds are applied.
 - [ours] The buffer keeps the last 1,000,000 transitions, since a run has 100,000 steps unless you ask for
   more. Theirs has room for the whole run, which is the same up to a million steps; give a longer run a larger
   --buffer-size.
@@ -218,7 +220,8 @@ def mlp(members, dim_in, hidden, layers, dim_out, layer_norm=False):
     """`members` networks of `layers` swish layers: (members, rows, dim_in) -> (members, rows, dim_out)."""
     # No activation follows the last layer. The swish units before it are smooth, so that the derivatives that
     # MAGE and MAAC take through a network change without jumps. With layer_norm, what enters a swish layer is
-    # normalised over its units, so that no input, however far from the data, can make the output grow.
+    # normalised over its units, so that no input, however far from the data, can make the output grow. It has
+    # no parameters, so that one such module may serve all layers and members.
     widths = [dim_in] + [hidden] * layers
     norm = [nn.LayerNorm(hidden, elementwise_affine=False)] * layer_norm
     stack = [m for i, o in pairwise(widths) for m in (EnsembleLinear(members, i, o), *norm, nn.SiLU())]
@@ -299,7 +302,7 @@ def td_target(actor_target, critic_target, reward, next_obs, terminated, noise, 
     # terminal state is worth nothing, while a state in which a time limit cuts the episode keeps its value.
     next_action = (actor_target(next_obs) + noise).clamp(-1, 1)  # (B, da)
     next_q = critic_target(next_obs, next_action).min(0).values  # (B,)
-    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', clip(π̄(s') + ε))   (Algorithm 2 without clip, ε, terminated)
+    # y = r + γ (1 - terminated) minᵢ Q̄ᵢ(s', clip(π̄(s') + ε))   (Algorithm 2, see the header)
     return reward + gamma * next_q.masked_fill(terminated, 0.0)  # (B,)
 
 
