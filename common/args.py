@@ -10,9 +10,11 @@ import re
 import signal
 import sys
 import traceback
+import typing
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
@@ -69,8 +71,8 @@ def parse_args(Args, presets, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     script = Path(inspect.getfile(Args)).name  # a sweep reads the command lines of several scripts
     early = ("env_id", "preset", "seed", "exp_name", "run_dir", "resume")
-    fields = [f for f in dataclasses.fields(Args) if f.name in early]
-    First = dataclasses.make_dataclass("First", [(f.name, f.type, f.default) for f in fields])
+    fields, types = [f for f in dataclasses.fields(Args) if f.name in early], typing.get_type_hints(Args)
+    First = dataclasses.make_dataclass("First", [(f.name, types[f.name], f.default) for f in fields])
     no_help = [word for word in argv if word not in ("-h", "--help")]
     first, _ = tyro.cli(First, prog=script, args=no_help, return_unknown_args=True)
     chosen = presets[first.preset].get(first.env_id, presets[first.preset]["*"])
@@ -120,6 +122,7 @@ def check(args):
     """Refuses values that make no sense (BadInput)."""
     for name, value in dataclasses.asdict(args).items():
         low, high = LIMITS.get(name, (0, INF))
+        high = min(high, 2**63 - 1) if isinstance(value, int) else high  # which PyTorch and NumPy can count
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             least = f", at least {low}" if math.isfinite(low) else ""
             most = f" and at most {high}" if math.isfinite(high) else ""
@@ -141,8 +144,21 @@ def check(args):
             raise BadInput(f"--device {args.device}: PyTorch sees {there}; use that or --device cpu.")
 
 
+def make_plain(args):
+    """Makes a Python number of each that is NumPy's. BadInput for what args.json cannot keep."""
+    for name in dataclasses.asdict(args):
+        if isinstance(value := getattr(args, name), np.generic):
+            setattr(args, name, value := value.item())
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = f"{flag(name)}: Args.{name} is of type {type(value).__name__}, which args.json cannot keep"
+            raise BadInput(f"{kind}: make it a number, a text, or a list of these.") from None
+
+
 def prepare(args):
     """Checks the values, sets PyTorch's threads and seed; returns the device."""
+    make_plain(args)
     check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -155,10 +171,11 @@ def prepare(args):
 
 
 class Lenient:
-    """A stream that may be closed from outside (`| head`): text then goes nowhere, and the run goes on."""
+    """A stream that may be closed, from outside (`| head`) or from the start (`>&-`, where it is None): text
+    then goes nowhere, and the run goes on."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = open(os.devnull, "w") if stream is None else stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

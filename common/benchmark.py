@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from common import BadInput, say
 from common.args import MAY_CHANGE, changed, check, flag, flag_of, one_sentence, parse_args, stop_signals
-from common.envs import make_env
+from common.envs import close, make_env
 from common.files import digests, newest, read_run, run_folder
 from common.machine import RUNS_PER_GPU, at_a_time, cores, gpus
 
@@ -84,6 +84,8 @@ def plan(args, flags):
     for script in scripts:
         if f"{script}.py" not in os.listdir(ROOT):
             raise BadInput(f"--scripts {script}: there is no {script}.py beside common/.")
+        if "." in script:
+            raise BadInput(f"--scripts {script}: Python imports no file with a dot in its name: rename it.")
     # A run looks there first; the folder that we are in may have a td3.py too.
     sys.path[:] = dict.fromkeys([str(ROOT), *sys.path])
     modules = [importlib.import_module(script) for script in scripts]
@@ -92,7 +94,7 @@ def plan(args, flags):
             lacks = "it has no Args, PRESETS and train, as td3.py has them"
             raise BadInput(f"--scripts {module.__name__}: {lacks}: name scripts that train.")
     for env_id in args.env_ids:
-        make_env(env_id).close()
+        close(env_id, make_env(env_id))
         if args.ray:
             check_that_it_travels(env_id)
     jobs, remarks = {}, []
@@ -162,7 +164,7 @@ def start(job, folder, log, gpu=None):
     # In a session of its own a run does not get Ctrl-C twice, from the terminal and from here.
     how = dict(env=os.environ | own, start_new_session=True)
     with open(log, "ab", buffering=0) as out:  # another process may have the run, and write there
-        out.write(f"\n{shlex.join(command)}\n".encode())
+        out.write(os.fsencode(f"\n{shlex.join(command)}\n"))
         begin = out.tell()
         return subprocess.Popen(command, stdout=out, stderr=out, **how), begin
 
@@ -193,9 +195,13 @@ def on_this_machine(jobs, workers, signals):
         while running or (waiting and not signals):
             while waiting and len(running) < workers and not signals:
                 job = waiting.pop(0)
-                Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
                 gpu = min(devices, key=[used for *_, used in running.values()].count, default=None)
-                process, begin = start(job, job.folder, f"{job.folder}.log", gpu)
+                try:
+                    Path(job.folder).parent.mkdir(parents=True, exist_ok=True)
+                    process, begin = start(job, job.folder, f"{job.folder}.log", gpu)
+                except OSError as error:
+                    yield job, f"{error.filename or job.folder} cannot be written ({error.strerror})"
+                    continue
                 running[process] = job, begin, gpu
             if len(signals) > passed_on:
                 passed_on = len(signals)

@@ -32,7 +32,7 @@ class Comparison:
                 or self.terminated and self._differs(self.terminated, rows[2:], terminated, 0.0))  # fmt: skip
 
     def _differs(self, function, rows, truth, tolerance):
-        name = f"{function.__name__} of common/rewards.py"
+        name = _name(function)
         # The rows come as they do in training: several at once, and ready to be differentiated.
         inputs = [x.clone().requires_grad_() for x in rows]
         try:
@@ -64,8 +64,13 @@ class Comparison:
             gradients = torch.autograd.grad(told.sum(), rows, allow_unused=True)
         gradients = [x for x in gradients if x is not None]
         if all((x == 0).all() for x in gradients) and (told != told[0]).any():
-            name = f"{self.reward.__name__} of common/rewards.py"
-            return f"{name} has no gradient, so that MAGE and MAAC see no slope of the reward"
+            return f"{_name(self.reward)} has no gradient, so that MAGE and MAAC see no slope of the reward"
         if not all(x.isfinite().all() for x in gradients):
-            return f"the gradient of {self.reward.__name__} of common/rewards.py is not finite"
+            return f"the gradient of {_name(self.reward)} is not finite"
         return None
+
+
+def _name(function):
+    """What a reader finds in common/rewards.py: also for a functools.partial, or an object that is called."""
+    function = getattr(function, "func", function)
+    return f"{getattr(function, '__name__', type(function).__name__)} of common/rewards.py"

@@ -7,7 +7,7 @@ run stop and go on in mid-episode. The environments of common/tasks.py are regis
 import json
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 
 import gymnasium as gym
 import mujoco
@@ -36,7 +36,7 @@ def make_env(env_id, seed=None, render_mode=None):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     warn_level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR  # not "v4 is out of date"
     try:
-        env = _make(env_id, render_mode)
+        env = WithoutStatistics(_make(env_id, render_mode))
         _check_spaces(env_id, env)
         if env.spec.id.removesuffix("-v4").removesuffix("-v5") in RUNNERS:
             env = PrependXVelocity(env)
@@ -87,7 +87,8 @@ def _check_spaces(env_id, env):
     elif len(obs.shape) != 1 or obs.shape[0] == 0:
         fault = f"has observations of shape {obs.shape}, not (n,): choose one with a flat state, not images"
     elif not np.issubdtype(obs.dtype, np.floating):
-        fault = f"has {obs.dtype} observations: choose one that observes floats"
+        fix = "choose one that observes floats, or wrap it in gymnasium.wrappers.DtypeObservation"
+        fault = f"has {obs.dtype} observations: {fix}"
     elif not isinstance(action, Box) or not np.issubdtype(action.dtype, np.floating):
         fault = f"has the action space {action}: choose one with continuous actions, a Box of floats"
     elif len(action.shape) != 1 or action.shape[0] == 0:
@@ -96,12 +97,23 @@ def _check_spaces(env_id, env):
         fault = f"has the action space {action}: give it finite action bounds, low < high"
     else:
         return
-    env.close()
+    close(env_id, env)
     raise BadInput(f"--env-id {env_id!r} {fault}.")
 
 
 def _clip(action, space):
     return np.clip(action, space.low, space.high).astype(space.dtype)
+
+
+def close(env_id, env):
+    """Closes an environment. If one fails in this, its work is done: a sentence says so, once."""
+    try:
+        env.close()
+    except Exception as error:
+        say_once(f"{env_id} failed in close ({one_line(error)})")
+
+
+say_once = cache(say)
 
 
 def call(env_id, method, *args, **kwargs):
@@ -118,8 +130,8 @@ def call(env_id, method, *args, **kwargs):
     if len(rest) > 1:  # a step, and not a reset
         if np.shape(rest[0]):
             raise Fault(f"the reward of {env_id} has shape {np.shape(rest[0])}, it is not a number")
-        if not np.isfinite(np.float64(rest[0])):  # None is NaN there
-            raise Fault(f"the reward of {env_id}, {rest[0]}, is not a finite number")
+        if not abs(np.float64(rest[0])) <= np.finfo(np.float32).max:  # None is NaN there
+            raise Fault(f"the reward of {env_id}, {rest[0]}, is not a finite number in float32")
         if np.shape(rest[1]) or rest[1] not in (True, False):
             raise Fault(f"{env_id} says for terminated {rest[1]}, which is neither True nor False")
     return obs, *rest
@@ -139,6 +151,15 @@ class PrependXVelocity(gym.Wrapper):
     def step(self, action):
         obs, *rest, info = self.env.step(action)
         return np.append(info["x_velocity"], obs), *rest, info
+
+
+class WithoutStatistics(gym.Wrapper):
+    """Leaves out the info["episode"] of an environment that records its returns: RecordEpisodeStatistics of
+    Gymnasium, which the scripts put around it, accepts no other."""
+
+    def step(self, action):
+        *step, info = self.env.step(action)
+        return *step, {name: value for name, value in info.items() if name != "episode"}
 
 
 class SeedFirstReset(gym.Wrapper):

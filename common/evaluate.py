@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import BadInput, Fault, one_line
 from common.args import one_sentence
-from common.envs import call, make_env
+from common.envs import call, close, make_env
 from common.files import BEST, POLICY, loading, read_checkpoint
 
 MAX_STEPS = 10_000  # an episode without end is cut here
@@ -122,7 +122,7 @@ def evaluate(policy, env_id, episodes=10, seed=0, max_steps=MAX_STEPS):
                 alive[i] = not (terminated or truncated)
     finally:
         for env in envs:
-            env.close()
+            close(env_id, env)
     return Evaluation(returns, lengths, bool(alive.any()), starts)
 
 
@@ -145,10 +145,16 @@ def film(policy, env_id, path, seed=0, max_steps=MAX_STEPS):
             steps, total, done = steps + 1, total + float(reward), terminated or truncated
             bar.update()
             if steps % every == 0:
-                frames.append(_small(env.render()))
-    env.close()
+                try:
+                    frames.append(_small(env.render()))
+                except Exception as error:
+                    raise _not_drawn(env_id, error, "leave --video out") from None
+    close(env_id, env)
     shown = 1000 * every / rate  # milliseconds
-    gif = imageio.mimwrite("<bytes>", frames, format="GIF", duration=shown, loop=0)  # for ever
+    try:
+        gif = imageio.mimwrite("<bytes>", frames, format="GIF", duration=shown, loop=0)  # for ever
+    except Exception as error:  # no pictures, or of different sizes
+        raise _not_drawn(env_id, error, "leave --video out") from None
     try:
         Path(path).write_bytes(gif)
     except OSError as error:
@@ -184,10 +190,14 @@ def _begin_to_draw(env_id, seed):
         if drawn and by_default and os.environ.get("MUJOCO_GL") == "egl" and os.environ.get("DISPLAY"):
             os.environ["MUJOCO_GL"] = "glfw"  # EGL is not installed, but there may be a screen
             return _begin_to_draw(env_id, seed)
-        reason, fix = one_line(cause), "leave --video out"  # it takes no render_mode, or draws nothing
+        fix = "leave --video out"  # it takes no render_mode, or draws nothing
         if drawn:
             fix = "install gymnasium[classic-control] or [mujoco], and EGL or OSMesa where there is no screen"
-        raise BadInput(f"--video: {env_id} cannot be drawn here ({reason}): {fix}.") from None
+        raise _not_drawn(env_id, cause, fix) from None
+
+
+def _not_drawn(env_id, error, fix):
+    return BadInput(f"--video: {env_id} cannot be drawn here ({one_line(error)}): {fix}.")
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Files of a run: written whole or not at all, read without executing anything; and what made them."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import zipfile
 from contextlib import contextmanager, suppress
@@ -91,9 +93,11 @@ def write_whole(path, write, keep=None):
             os.replace(path, path.with_name(keep))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        with suppress(OSError):
+            if isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < 2**16:
+                reason = os.strerror(errno.ENOSPC)
+            part.unlink(missing_ok=True)
         raise Fault(f"{path} cannot be written ({reason})") from None
 
 
@@ -137,8 +141,8 @@ def read_checkpoint(path):
         older = path.name == NEWEST and before.exists()
         way = f"rename {PREVIOUS} to {NEWEST} to go on from the one before, or " if older else ""
         fix = f"{way}start anew with another --run-dir"
-        if path.name in (POLICY, BEST):
-            fix = "a run that goes on with --resume writes it anew"
+        own = {POLICY: "--resume writes it anew", BEST: f"take {POLICY}, which is that without --best"}
+        fix = own.get(path.name, fix)
         raise BadInput(f"{path} is damaged or no checkpoint of these scripts: {fix}.") from None
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common import BadInput, Fault, files, say
 from common.args import changed, flag, stop_signals
+from common.envs import close
 from common.evaluate import as_policy, evaluate
 from common.forecast import Forecast
 from common.true_gradients import gradient_quality
@@ -65,7 +66,7 @@ class Run:
         return self
 
     def open(self, at_the_end):
-        at_the_end(self.state["env"].close)
+        at_the_end(close, self.args.env_id, self.state["env"])
         at_the_end(files.lock_folder(self.folder, self.args.resume, self.source).release)
         if self.args.resume and files.newest(self.folder):
             self.load()
@@ -236,8 +237,8 @@ class Run:
         if self.device.type == "cuda":
             whole["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         files.write_whole(self.folder / files.NEWEST, lambda file: torch.save(whole, file), files.PREVIOUS)
-        self.write_networks(files.POLICY)
         self.saved, self.saved_step = time.monotonic(), self.step
+        self.write_networks(files.POLICY)
         self.write_args()
 
     def load(self):
@@ -270,3 +271,9 @@ class Run:
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(whole["cuda_rng"], self.device)
+        try:
+            of = files.read_checkpoint(self.folder / files.POLICY)["step"]
+        except BadInput:
+            of = None
+        if of != self.step:  # the run was killed, or the disk was full, just before it was written
+            self.write_networks(files.POLICY)

@@ -173,6 +173,15 @@ def test_one_failure_does_not_stop_the_others(capsys):
     assert steps("ContinuousCartPole-v1/td3/seed-1") == ["0", "20", "40"]
 
 
+def test_a_folder_that_cannot_be_made_fails_its_runs_alone(capsys):
+    Path("runs/Pendulum-v1").parent.mkdir()
+    Path("runs/Pendulum-v1").write_text("a file is in the way")
+    assert main([*SWEEP, "--", *FLAGS]) == 1
+    out = capsys.readouterr().out
+    assert "2 runs done, 2 failed" in out and "cannot be written (Not a directory)" in out
+    assert steps("ContinuousCartPole-v1/td3/seed-1") == ["0", "20", "40"]
+
+
 @pytest.mark.parametrize("argv, hint", [
     (["--scripts", "nope", "--env-ids", "Pendulum-v1"], "nope.py"),
     ([*SWEEP, "--", "--run-dir", "here"], "--exp-name"),
@@ -183,6 +192,7 @@ def test_one_failure_does_not_stop_the_others(capsys):
     (["--scripts", "td3", "td3.py", *SWEEP[2:]], "td3 and td3 would share .*seed-0: name each once"),
     (["--scripts", "td3", "mage_td3", *SWEEP[2:], "--", "--exp-name", "x"], "td3 and mage_td3 .*{script}"),
     (["--scripts", "dull", *SWEEP[2:]], "--scripts dull: it has no Args"),
+    (["--scripts", "td3.v2", *SWEEP[2:]], "--scripts td3.v2: .*a dot in its name: rename it"),
     ([*SWEEP, "--", "--seed", "4"], "--seed after --"), ([*SWEEP, "--", "--seed=4"], "--seed after --"),
     ([*SWEEP, "--", "--env_id", "X"], "--env-id after --"), ([*SWEEP, "--", "--resume"], "--resume after --"),
     ([*SWEEP, "--", "--gamma", "2"], "--gamma 2"), ([*SWEEP, "--", "--batch-size", "0"], "--batch-size 0"),
@@ -192,6 +202,7 @@ def test_bad_input_is_refused_before_anything_runs(argv, hint, monkeypatch, tmp_
     for path in ROOT.glob("*.py"):
         (folder / path.name).symlink_to(path)
     (folder / "dull.py").write_text("print('no script that trains')")
+    (folder / "td3.v2.py").write_text((ROOT / "td3.py").read_text())
     monkeypatch.setattr(common.benchmark, "ROOT", folder)
     with pytest.raises(BadInput, match=hint) as refused:
         main(argv)

@@ -1,6 +1,8 @@
 """A wrong reward or termination is found before a run, or as soon as the environment shows it."""
 
 import re
+from contextlib import nullcontext
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -44,6 +46,27 @@ WRONG = {
     "nothing": (lambda *rows: None, "returns a NoneType"),
     "dtype": (lambda *rows: rows[0][:, 0] > 0, "returns torch.bool: a reward is a float"),
 }
+
+
+def scaled(scale, *rows):
+    return scale * right(*rows)
+
+
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, *rows):
+        return scaled(self.scale, *rows)
+
+
+@pytest.mark.parametrize("make, name", [(partial(partial, scaled), "scaled"), (Scaled, "Scaled")])
+def test_a_reward_may_be_anything_that_is_called(make, name, monkeypatch):
+    for scale in (1.0, 2.0):
+        monkeypatch.setitem(REWARDS, ENV_ID, make(scale))
+        wrong = pytest.raises(BadInput, match=f"^{name} of common/rewards.py says")
+        with wrong if scale == 2.0 else nullcontext():
+            ReplayableEnv(make_env(ENV_ID, seed=0)).reset()
 
 
 @pytest.mark.parametrize("function, expected", WRONG.values(), ids=WRONG)

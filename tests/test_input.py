@@ -1,5 +1,6 @@
 """Bad input ends in one sentence that names the flag, with exit code 2, before any file or folder exists."""
 
+import importlib
 import itertools
 import json
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict
 
+import td3
+from common import BadInput
 from common.args import flag, main, parse_args
+from common.evaluate import load_run
 from common.rewards import REWARDS
 from common.run import Run
 from tests.conftest import (
@@ -102,6 +106,44 @@ def test_some_numbers_have_a_largest_value(name, refused):
     for field in [field for field in BEYOND if field in fields(name)]:
         value = BEYOND[field]
         refused(name, tiny(name, **{field: value}), f"{flag(field)} {value}", "at most")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_size_is_beyond_what_can_be_counted(name, refused):
+    for field in ("buffer_size", "batch_size", "eval_episodes", "total_timesteps", "actor_hidden"):
+        refused(name, tiny(name, **{field: 10**19}), f"{flag(field)} 1{'0' * 19}", f"at most {2**63 - 1}.")
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """A checkpoint with one of theirs could not be read again, as nothing in it is executed."""
+    run = tmp_path / "run"
+    args = parse_args(td3.Args, td3.PRESETS, tiny("td3", run_dir=run))
+    args.lr, args.gamma = np.float64(1e-3), np.float32(0.5)
+    args.seed, args.resume = np.int64(1), np.bool_(False)
+    td3.train(args)
+    assert json.loads((run / "args.json").read_text())["args"]["gamma"] == 0.5
+    assert checkpoint(run)["args"]["lr"] == 1e-3
+    assert load_run(run, td3.Args)[0].seed == 1
+    train("td3", run, resume=True, total_timesteps=70, lr=1e-3, gamma=0.5, seed=1)
+
+
+def test_a_setting_that_cannot_be_kept_is_named(tmp_path):
+    args = td3.Args(run_dir=str(tmp_path / "run"))
+    args.env_id = Path("Pendulum-v1")
+    with pytest.raises(BadInput, match=f"--env-id: Args.env_id is of type {type(args.env_id).__name__}, "):
+        td3.train(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_annotations_may_be_postponed(tmp_path, monkeypatch):
+    text = "from __future__ import annotations\n"
+    code = (ROOT / "td3.py").read_text().split('"""', 2)[2]
+    (tmp_path / "later.py").write_text(text + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    later = importlib.import_module("later")
+    argv = ["--env-id", "Pendulum-v1", "--preset", "laptop", "--lr", "1"]
+    args = parse_args(later.Args, later.PRESETS, argv)
+    assert (args.lr, args.actor_hidden, args.preset) == (1.0, 64, "laptop")
 
 
 @pytest.mark.parametrize("lam", ["-0.1", "nan", "inf"])

@@ -106,6 +106,13 @@ class Contacts(Walk):
         return {"contacts": np.zeros(self.steps % 3)}
 
 
+class Records(Walk):
+    """Its author has put RecordEpisodeStatistics around it, or a Monitor."""
+
+    def info(self):
+        return {"episode": 3}
+
+
 class Once(Walk):
     """It binds a port, as it were."""
 
@@ -131,7 +138,7 @@ def short_fits(monkeypatch):
     monkeypatch.setattr(maac_sac, "fit_model", partial(maac_sac.fit_model, max_epochs=2))
 
 
-ALL = [Walk, InPlace, OldGenerator, OwnGenerator, GlobalRandomness, RandomSteps, Contacts, Endless]
+ALL = [Walk, InPlace, OldGenerator, OwnGenerator, GlobalRandomness, RandomSteps, Contacts, Records, Endless]
 
 
 def settings(env_id):

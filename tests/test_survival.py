@@ -14,11 +14,13 @@ import pty
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -515,12 +517,47 @@ def test_a_damaged_policy_is_refused_and_its_run_goes_on(name, damage, copied, p
     run = copied("td3", total_timesteps=35)
     DAMAGES[damage](run / name)
     for read in (script("td3").load_policy, lambda path: load_run(path, script("td3").Args)):
-        with pytest.raises(BadInput, match="is damaged .* --resume writes it anew"):
+        fix = "--resume writes it anew" if name == POLICY else "take policy.pt, .* without --best"
+        with pytest.raises(BadInput, match=f"is damaged .*: {fix}"):
             read(run / name)
     with pytest.raises(BadInput, match="is damaged"):
         common.evaluate.main(common.evaluate.Args(str(run), best=name == BEST))
     assert program("td3", tiny("td3", run_dir=run, resume=True)).returncode == 0
     assert not differences(run, whole("td3"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip, None])
+def test_a_finished_run_writes_a_policy_that_is_missing_or_older(damage, copied, program, whole):
+    """As after a kill between the two writes of the last save."""
+    run = copied("td3", total_timesteps=30)
+    policy, older = run / POLICY, (run / POLICY).read_bytes()
+    train("td3", run, resume=True)
+    whole_policy = read_checkpoint(policy)
+    policy.write_bytes(older)
+    if damage:
+        damage(policy)
+    again = program("td3", tiny("td3", run_dir=run, resume=True))
+    assert again.returncode == 0 and "is finished" in again.stdout
+    found = read_checkpoint(policy)
+    assert found["step"] == 60 and torch.equal(
+        *(state["actor"]["net.0.weight"] for state in (found, whole_policy)))  # fmt: skip
+
+
+def test_a_disk_that_is_full_between_checkpoint_and_policy(monkeypatch, program, tmp_path):
+    """The sentence names the checkpoint that was saved, and says that the disk is full."""
+    write, run = torch.save, tmp_path / "run"
+
+    def save(state, file):
+        if POLICY in file.name and state["step"] == 60:
+            raise RuntimeError("[enforce fail at inline_container.cc:672]")
+        write(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    full = program("td3", tiny("td3", run_dir=run))
+    assert full.returncode == 1 and checkpoint(run)["step"] == 60
+    for mention in (POLICY, "No space left", "checkpoint of step 60"):
+        assert mention in sentence(full.stderr)
 
 
 def test_where_there_is_no_checkpoint_before_none_is_offered(copied, program):
@@ -817,6 +854,22 @@ def test_an_environment_that_fails_in_an_evaluation(fault, register, program, tm
         assert mention in sentence(failed.stderr)
 
 
+@pytest.mark.parametrize("eval_episodes", [0, 2])
+def test_an_environment_that_cannot_be_closed(eval_episodes, register, program, tmp_path):
+    """Its work is done by then, so that nothing is lost."""
+
+    class Stuck(Shaky):
+        def close(self):
+            raise RuntimeError("port already closed")
+
+    common.envs.say_once.cache_clear()
+    env_id = register(lambda: Stuck(None))
+    done = program("td3", tiny("td3", run_dir=tmp_path, env_id=env_id, eval_episodes=eval_episodes))
+    assert done.returncode == 0 and checkpoint(tmp_path)["step"] == 60
+    assert done.stderr.count(f"{env_id} failed in close (RuntimeError: port already closed)") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_an_environment_that_fails_before_the_first_step(register, program, tmp_path):
     class Broken(Planned):
         def reset(self, **kwargs):
@@ -1023,8 +1076,26 @@ class Undrawn(Planned):
         return None
 
 
+class DrawsAtFirst(Undrawn):
+    pictures = 0
+
+    def render(self):
+        DrawsAtFirst.pictures += 1
+        if DrawsAtFirst.pictures % 2 == 0:
+            raise RuntimeError("GL context\nlost")
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+class Grows(Undrawn):
+    size = 64
+
+    def render(self):
+        Grows.size += 2
+        return np.zeros((Grows.size, 64, 3), np.uint8)
+
+
 @pytest.mark.parametrize("env", [
-    Planned, Undrawn,
+    Planned, Undrawn, DrawsAtFirst, Grows,
 ])  # fmt: skip
 def test_an_environment_that_does_not_draw(env, register, tmp_path):
     run = train("td3", tmp_path / "run", env_id=register(env))
@@ -1082,6 +1153,16 @@ def test_a_closed_pipe_ends_no_run(closed, whole, tmp_path):
     running.stdout.close()
     said = running.stderr.read() if running.stderr else ""
     assert running.wait() == 0 and "Broken" not in said and "error" not in said
+    assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_was_never_open_ends_no_run(closed, whole, tmp_path):
+    """python td3.py ... >&-, as a daemon may start it"""
+    words = [sys.executable, ROOT / "td3.py", *tiny("td3", run_dir=tmp_path / "run", **NO_ORACLE)]
+    command = f"{shlex.join(map(str, words))} {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "error" not in done.stderr
     assert not differences(tmp_path / "run", whole("td3", **NO_ORACLE))
 
 
