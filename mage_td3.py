@@ -47,8 +47,9 @@ Of the loss:
 - [authors' code] Both terms of Eq. 8 are Huber losses, one of ‖∇ₐδ‖ and one of δ; D.2 says only that the
   critic has a Huber loss. Near 0 a Huber loss is quadratic, so that the pull of either term fades with its
   error. The threshold is 1 for both, of which the paper says nothing; --huber-threshold is that of δ. TD3 as
-  it is usually written squares all errors, as --huber-threshold 1000 does, and learns far more on Hopper with
-  them: such critics know where episodes end (tests/reference/README.md).
+  it is usually written squares all errors, as --huber-threshold 1000 does. With them td3.py is level with
+  this script on Hopper and hardly behind it on HalfCheetah, as far as a few seeds can say
+  (tests/reference/README.md).
 - [paper] The weights are 1 and λ (Eq. 8); λ is 0.2 for figure 2, the default here, and 0.05 for all else
   (D.2). The weights of their code are 5 and 1, which is λ = 0.2 and a loss five times ours. Clipping sees
   that factor: their limit of 5 on an entry of the gradient corresponds to a limit of 1 on ours. RAdam cancels
