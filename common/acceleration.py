@@ -112,8 +112,8 @@ def numbers_around(function):
     A name is a tuple, ("step",) or, for the field of a dataclass, ("args", "lam").
     """
     function, found = inspect.unwrap(function), {}  # torch.compile wraps what it compiles
-    names = function.__code__.co_freevars
-    for name, cell in zip(names, function.__closure__ or (), strict=True):
+    code = getattr(function, "__code__", None)  # which an object that is called does not have
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True) if code else ():
         try:
             value = cell.cell_contents
         except ValueError:  # nothing was assigned to it yet

@@ -71,7 +71,8 @@ def parse_args(Args, presets, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     script = Path(inspect.getfile(Args)).name  # a sweep reads the command lines of several scripts
     early = ("env_id", "preset", "seed", "exp_name", "run_dir", "resume")
-    fields, types = [f for f in dataclasses.fields(Args) if f.name in early], typing.get_type_hints(Args)
+    fields = [f for f in dataclasses.fields(Args) if f.name in early]
+    types = typing.get_type_hints(Args, include_extras=True)  # which may be given as text
     First = dataclasses.make_dataclass("First", [(f.name, types[f.name], f.default) for f in fields])
     no_help = [word for word in argv if word not in ("-h", "--help")]
     first, _ = tyro.cli(First, prog=script, args=no_help, return_unknown_args=True)

@@ -110,7 +110,10 @@ def figure_path(output):
 
 
 def write_table(path, rows):
-    """A CSV file of rows {column: value}; its columns are all that occur, in order of appearance."""
+    """A CSV file of rows {column: value}; its columns are all that occur, in order of appearance. No rows,
+    no file."""
+    if not rows:
+        return path.unlink(missing_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
@@ -144,6 +147,14 @@ def read_checkpoint(path):
         own = {POLICY: "--resume writes it anew", BEST: f"take {POLICY}, which is that without --best"}
         fix = own.get(path.name, fix)
         raise BadInput(f"{path} is damaged or no checkpoint of these scripts: {fix}.") from None
+
+
+def policy_step(folder):
+    """The step that a run's policy.pt is of; None if there is none, or a damaged one."""
+    try:
+        return read_checkpoint(Path(folder, POLICY))["step"]
+    except BadInput:
+        return None
 
 
 @contextmanager

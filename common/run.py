@@ -76,10 +76,7 @@ class Run:
             say("--total-timesteps is no multiple of --eval-every: no line of eval.csv and train.csv will be "
                 f"about the last {rest} steps")  # fmt: skip
         for name, rows in self.tables.items():  # what came after the checkpoint comes again
-            if rows:
-                files.write_table(self.folder / f"{name}.csv", rows)
-            else:
-                (self.folder / f"{name}.csv").unlink(missing_ok=True)
+            files.write_table(self.folder / f"{name}.csv", rows)
         from torch.utils.tensorboard import SummaryWriter  # a second to import: not for bad input
 
         hook = threading.excepthook  # TensorBoard's thread hands its OSError on: it need not print it
@@ -271,9 +268,5 @@ class Run:
         torch.set_rng_state(whole["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(whole["cuda_rng"], self.device)
-        try:
-            of = files.read_checkpoint(self.folder / files.POLICY)["step"]
-        except BadInput:
-            of = None
-        if of != self.step:  # the run was killed, or the disk was full, just before it was written
+        if files.policy_step(self.folder) != self.step:  # a kill, or a full disk, came just before it
             self.write_networks(files.POLICY)
