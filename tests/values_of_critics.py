@@ -9,7 +9,7 @@ A second table has the TD errors of both critics over all transitions that the r
 noise that a TD3 puts on its target's action: their mean, their median, and the share of those larger than 1,
 beyond which a Huber loss with this threshold is a straight line. The square makes the mean zero and the
 straight line the median. With a discount factor of 0.99 a mean of -1 is what critics have that say 100 too
-much everywhere, since each TD error lacks what the value of the next state does not have too much.
+much everywhere: Q is then 100 too large, and the target, in which the next value is discounted, 99.
 
 A third table has the runs in whose data episodes ended otherwise than by the time limit. The last transition
 of such an episode is worth its reward and nothing more. What do the critics (mean over both) say of it, how
