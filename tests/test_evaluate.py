@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common.evaluate
+import common.film
 from common import BadInput
 from common.evaluate import Args, evaluate, load_networks, main
 from common.files import read_checkpoint
@@ -36,7 +37,7 @@ def test_a_video_without_a_screen_prints_no_error(tmp_path):
 
 
 def test_a_video_goes_with_the_robot():
-    env, _, _ = common.evaluate._begin_to_draw("HalfCheetah-v4", 0)
+    env, _, _ = common.film._begin_to_draw("HalfCheetah-v4", 0)
     parts = []
     for x in (0, 20):  # metres
         env.unwrapped.data.qpos[0] = x

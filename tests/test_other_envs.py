@@ -14,7 +14,8 @@ from tqdm import tqdm
 import maac_sac
 from common import BadInput
 from common.envs import ReplayableEnv, make_env
-from common.evaluate import evaluate, film
+from common.evaluate import evaluate
+from common.film import film
 from tests.conftest import SCRIPTS, checkpoint, stored, train
 
 
@@ -262,7 +263,7 @@ def test_the_frames_of_a_film_are_small_as_they_are_taken(register, tmp_path, mo
             return np.zeros((800, 800, 3), np.uint8)
 
     bars = []
-    monkeypatch.setattr("common.evaluate.tqdm", lambda **kwargs: bars.append(tqdm(**kwargs)) or bars[0])
+    monkeypatch.setattr("common.film.tqdm", lambda **kwargs: bars.append(tqdm(**kwargs)) or bars[0])
     tracemalloc.start()
     film(lambda obs: np.zeros(2, np.float32), register(Large), tmp_path / "a.gif")
     gc.collect()

@@ -36,6 +36,7 @@ from gymnasium.spaces import Box
 
 import common.evaluate
 import common.files
+import common.film
 import common.run
 from common import BadInput
 from common.args import main, parse_args
@@ -1059,7 +1060,7 @@ def test_a_video_that_cannot_be_drawn(error, method, whole, monkeypatch, tmp_pat
         return env
 
     run = whole("td3")
-    monkeypatch.setattr(common.evaluate, "make_env", make_env)
+    monkeypatch.setattr(common.film, "make_env", make_env)
     with pytest.raises(BadInput, match="--video: Pendulum-v1 cannot be drawn .*: install ") as refused:
         common.evaluate.main(common.evaluate.Args(str(run), video=tmp_path / "video.gif"))
     assert len(str(refused.value).splitlines()) == 1 and not list(tmp_path.iterdir())
