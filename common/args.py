@@ -51,6 +51,7 @@ IDLE = [
      lambda a: a["real_ratio"] == 1, "with --real-ratio 1"),
     (MODEL, lambda a: a["horizon"] == 0 and not a["steve"] and a["real_ratio"] == 1,
      "with --horizon 0 --no-steve --real-ratio 1, which use no model"),
+    (("huber_threshold",), lambda a: a["lam"] == 0, "with --lam 0"),
     (("noise_clip",), lambda a: a["target_noise"] == 0, "with --target-noise 0"),
     (("eval_max_steps",), lambda a: a["eval_episodes"] == 0, "with --eval-episodes 0"),
 ]  # fmt: skip
