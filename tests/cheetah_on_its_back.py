@@ -4,12 +4,14 @@ For a run of any script: its ten evaluation episodes without noise, and the data
 of maac_sac.py also the entropy of its policy in both, which has a target on the data alone.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
+from common import BadInput
+from common.args import one_sentence
 from common.envs import make_env
 from common.evaluate import load_script
 from common.files import NEWEST, read_checkpoint
@@ -22,8 +24,10 @@ def upside_down(obs):  # (..., ds) -> bool; the angle of the torso is third, aft
 
 
 @torch.no_grad()
-def main(run_dir):
+def main(run_dir: tyro.conf.Positional[str]):
     script, env_id = load_script(run_dir)
+    if env_id not in ("HalfCheetah-v4", "HalfCheetah-v5"):
+        raise BadInput(f"{run_dir} is a run on {env_id}: name one on HalfCheetah-v4 or -v5.")
     state, policy, env = read_checkpoint(Path(run_dir, NEWEST)), script.load_policy(run_dir), make_env(env_id)
     returns, over, visited = [], [], []
     for episode in range(10):
@@ -50,4 +54,5 @@ def main(run_dir):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with one_sentence():
+        tyro.cli(main, prog="python -m tests.cheetah_on_its_back", description=__doc__)

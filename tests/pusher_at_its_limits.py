@@ -4,15 +4,17 @@ For a run of the TD3 family: ten episodes without noise, from the starts of the 
 """
 
 import csv
-import sys
 
 import numpy as np
 import torch
+import tyro
 
 import mage_td3
+from common import BadInput
+from common.args import one_sentence
 from common.envs import make_env
-from common.evaluate import as_policy
-from common.files import newest, read_checkpoint
+from common.evaluate import as_policy, load_script
+from common.files import loading, newest, read_checkpoint
 from common.run import EVAL_SEED
 
 
@@ -36,8 +38,12 @@ def at_limits(obs, env):
 
 
 @torch.no_grad()
-def main(run_dir):
-    args, actor, critic, model, buffer = load(run_dir)
+def main(run_dir: tyro.conf.Positional[str]):
+    _, env_id = load_script(run_dir)
+    if env_id not in ("Pusher-v4", "Pusher-v5") or not newest(run_dir):
+        raise BadInput(f"{run_dir} is a run on {env_id}: name one on Pusher-v4 or -v5 that has a checkpoint.")
+    with loading(run_dir):
+        args, actor, critic, model, buffer = load(run_dir)
     policy, env = as_policy(actor), make_env(args.env_id)
     states, actions, rewards = [], [], []
     for episode in range(10):
@@ -78,4 +84,5 @@ def main(run_dir):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with one_sentence():
+        tyro.cli(main, prog="python -m tests.pusher_at_its_limits", description=__doc__)

@@ -119,6 +119,20 @@ def test_a_printed_command_works(command, runs, tmp_path):
             assert part in done.stdout
 
 
+@pytest.mark.parametrize("run, said", [
+    ([], ""), (["nowhere"], "nowhere"), (["runs/Pendulum-v1/maac_sac/seed-0"], "Pendulum-v1"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_program_that_looks_at_a_run_refuses_another_in_one_sentence(name, run, said, runs):
+    """Each is for runs on certain environments, and none is for those of maac_sac.py on the pendulum."""
+    surroundings = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", f"tests.{name}", *run], cwd=runs, env=surroundings,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr and said in done.stderr
+    assert re.fullmatch(r"error: .*\.\n", done.stderr) or not run  # tyro's own words have several lines
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "common/experiments").glob("*.py")
                                         if "needs(" in p.read_text() and p.stem != "__init__"))  # fmt: skip
 def test_an_experiment_without_its_scripts_says_which_it_needs(name, tmp_path):

@@ -17,11 +17,12 @@ large is their TD error there and in all other transitions, and what share of a 
 the last ones have?
 """
 
-import sys
-
 import numpy as np
 import torch
+import tyro
 
+from common import BadInput
+from common.args import one_sentence
 from common.envs import call
 from common.experiments.robot_runs import SEED, Agent
 
@@ -104,12 +105,14 @@ def look_at_ends(agent):
     return {name: value.item() for name, value in found.items()}
 
 
-def main(folders):
+def main(run_dirs: tyro.conf.Positional[list[str]]):
+    if not run_dirs:
+        raise BadInput("name the folder of at least one run.")
+    agents = [Agent(folder) for folder in run_dirs]  # before any work, as one may be no run
     print("| run | step | Q | discounted return | reward | in the model | temperature | entropy |")
     print("|---|---|---|---|---|---|---|---|")
     errors, ends = [], []  # (name, numbers); two runs may have one name
-    for folder in folders:
-        agent = Agent(folder)
+    for agent in agents:
         found = look(agent)
         errors.append((agent.name, look_at_errors(agent)))
         if at_ends := look_at_ends(agent):
@@ -132,4 +135,5 @@ def table(names, runs):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_sentence():
+        tyro.cli(main, prog="python -m tests.values_of_critics", description=__doc__)
